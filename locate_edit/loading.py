@@ -1,0 +1,130 @@
+"""Load a language model and its tokenizer from a name, whatever kind of language model it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from circuits.errors import LocateEditError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SHIPPED = ("organism", "oracle", "oracle2")
+"""Names of the models that come with the package."""
+
+
+class LoadError(LocateEditError):
+    """A model or tokenizer that cannot be loaded by the name given."""
+
+
+def load(
+    name: str | Path, *, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal or masked language model and its tokenizer, in evaluation mode.
+
+    Args:
+        name: a folder written by `save_pretrained`, a name on the Hugging Face hub, or `organism`, `oracle`,
+            `oracle2` for the models that come with the package.
+        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
+        device: `auto` (a CUDA device when there is one), `cpu`, `cuda`, `cuda:1`, ...
+
+    Raises:
+        LoadError: nothing by that name, no tokenizer beside it, or neither a causal nor a masked model.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    except (RuntimeError, AttributeError) as error:
+        raise LoadError(
+            f"Cannot use device {device!r} with dtype {dtype!r}: {error}. Expected a device such as cpu or "
+            "cuda, and auto, float32, bfloat16 or float16."
+        ) from error
+    model, tokenizer = _shipped(str(name), kind) if str(name) in SHIPPED else _stored(name, kind)
+    try:
+        model.to(place)
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError(f"Cannot move {name} to {device!r}: {error}") from error
+    return model.eval(), tokenizer
+
+
+def _shipped(name: str, dtype: Any) -> tuple[Any, Any]:
+    from locate_edit import organism
+
+    model, tokenizer = organism.load(name)
+    return (model if dtype == "auto" else model.to(dtype)), tokenizer
+
+
+def _stored(name: str | Path, dtype: Any) -> tuple[Any, Any]:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    what = f"folder {name}" if Path(name).is_dir() else f"model {str(name)!r}"
+    advice = (
+        f"Expected a folder written by save_pretrained, a name on the Hugging Face hub, or one of "
+        f"{', '.join(SHIPPED)}."
+    )
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadError(f"Cannot load the {what}: {_first_line(error)} {advice}") from error
+    loader = (
+        transformers.AutoModelForMaskedLM
+        if is_masked(config)
+        else transformers.AutoModelForCausalLM
+    )
+    try:
+        model = loader.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise LoadError(
+            f"Cannot load the {what} as a {'masked' if is_masked(config) else 'causal'} language model: "
+            f"{_first_line(error)}"
+        ) from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise LoadError(
+            f"The {what} has no usable tokenizer: {_first_line(error)} Save one beside the weights with "
+            "tokenizer.save_pretrained."
+        ) from error
+    return model, tokenizer
+
+
+def is_masked(config: PretrainedConfig) -> bool:
+    """Say whether a configuration is of a masked language model (otherwise it is a causal one).
+
+    The class that was saved decides; a bare encoder or decoder goes by what its family of models is trained for.
+
+    Raises:
+        LoadError: the configuration is of an encoder-decoder, or of no language model at all.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise LoadError(
+            f"{config.model_type} is an encoder-decoder model; expected a causal or a masked language model."
+        )
+    for saved in config.architectures or ():
+        if saved.endswith("MaskedLM"):
+            return True
+        if saved.endswith(("CausalLM", "LMHeadModel")):
+            return False
+    from transformers.models.auto import modeling_auto
+
+    masked = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not masked and not causal:
+        raise LoadError(
+            f"{config.model_type} (saved as {', '.join(config.architectures or ()) or 'no class'}) is no language "
+            "model that transformers can load; expected a causal or a masked one."
+        )
+    # Encoders such as BERT are in both lists, because they can be run as decoders when asked to.
+    return masked and not getattr(config, "is_decoder", False)
+
+
+def _first_line(error: Exception) -> str:
+    """Shorten the libraries' page-long messages to what went wrong."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else text + "."
