@@ -201,13 +201,11 @@ class PromptSet:
         cls, frame: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, **options: Any
     ) -> PromptSet:
         """The rows of a data frame whose columns are fields; empty cells count as absent."""
-        records = frame.to_dict("records")
-        # A missing cell is a float that differs from itself, whatever the column holds elsewhere.
         rows = [
-            {str(key): value for key, value in record.items() if value == value}
-            if all(not hasattr(value, "__array__") for value in record.values())
-            else {str(key): value for key, value in record.items()}
-            for record in records
+            {str(key): value for key, value in record.items() if filled[key]}
+            for record, filled in zip(
+                frame.to_dict("records"), frame.notna().to_dict("records"), strict=True
+            )
         ]
         return cls(rows, tokenizer, **options)
 
@@ -380,6 +378,23 @@ class PromptSet:
             )
         name = self._name if self._name == other._name else f"{self._name}+{other._name}".strip("+")
         return self._derive(self._rows + other._rows, self._tokens + other._tokens, weights, name)
+
+    def paraphrased(self) -> list[dict[str, Any]]:
+        """Rows with each paraphrase in the place of its prompt, `paraphrase_of` naming the item it comes from.
+
+        They are rows, not a set, because how rows are read (length limit, end token, chat) is chosen when a set
+        is made: `PromptSet(forget.paraphrased(), tokenizer)`. Spans are dropped: they count characters of the
+        old prompt.
+        """
+        return [
+            {
+                **{key: value for key, value in row.items() if key not in ("paraphrases", "spans")},
+                "prompt": paraphrase,
+                "paraphrase_of": index,
+            }
+            for index, row in enumerate(self._rows)
+            for paraphrase in row.get("paraphrases", ())
+        ]
 
     def _derive(
         self,
