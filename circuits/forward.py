@@ -1,0 +1,87 @@
+"""Forward passes that build logits only where something is scored.
+
+A language model's output projection is often its most expensive matrix, and its logits the largest tensor of a
+forward pass. Losses and metrics need them at a few labelled positions only, so the positions are gathered *before* the
+projection: a pre-hook on the model's own output embedding replaces the hidden states ``batch pos d_model`` by the
+selected rows. Everything the model does after the projection (scaling, soft-capping) still happens, so this works for
+every family without re-implementing a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from circuits.errors import SiteError
+
+
+class Labelled(Protocol):
+    """Inputs of one forward pass with the places where logits are wanted.
+
+    ``input_ids`` and ``attention_mask`` are `row token`; ``row`` and ``pos`` are `label` and name the hidden states
+    that predict the labels.
+    """
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def attention_mask(self) -> Tensor: ...
+    @property
+    def row(self) -> Tensor: ...
+    @property
+    def pos(self) -> Tensor: ...
+
+
+def output_projection(model: nn.Module) -> nn.Module:
+    """The module that maps hidden states to vocabulary logits.
+
+    Raises:
+        SiteError: the model has no such module (a bare encoder, a classifier).
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if not isinstance(head, nn.Module):
+        raise SiteError(
+            f"{type(model).__name__} has no output embeddings: expected a causal or masked language model "
+            "(AutoModelForCausalLM / AutoModelForMaskedLM), got a model without a vocabulary head"
+        )
+    return head
+
+
+def labelled_logits(model: nn.Module, batch: Labelled) -> Tensor:
+    """Logits `label vocab` (float32) at the positions of ``batch`` that predict its labels.
+
+    Gradients flow as in an ordinary forward pass. Rows and positions that are not labelled cost no output
+    projection. The key-value cache is off.
+    """
+
+    def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args  # `row token d_model`
+        return (hidden[batch.row, batch.pos].unsqueeze(0), *rest)
+
+    handle = output_projection(model).register_forward_pre_hook(gather)
+    try:
+        logits: Tensor = model(**model_inputs(model, batch)).logits
+    finally:
+        handle.remove()
+    return logits[0].float()
+
+
+def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Natural-log probability `label` of each label under ``logits`` `label vocab`.
+
+    Computed as the label's logit minus the log-sum-exp, so the log-probabilities of the rest of the vocabulary are
+    never stored.
+    """
+    chosen = logits.gather(-1, labels[:, None])[:, 0]
+    return chosen - torch.logsumexp(logits, dim=-1)
+
+
+def model_inputs(model: nn.Module, batch: Labelled) -> dict[str, Any]:
+    """Keyword arguments of a forward pass over ``batch`` without a key-value cache."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if getattr(getattr(model, "config", None), "use_cache", None) is not None:  # encoders have no such setting
+        inputs["use_cache"] = False
+    return inputs

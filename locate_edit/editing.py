@@ -1,0 +1,462 @@
+"""`edit` changes a model inside a mask; the `Edit` it returns can undo, save, combine and export the change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from circuits import ComponentMask, ModelMap, describe
+from locate_edit.delta import Change, Delta
+from locate_edit.engine import Run, Settings, StopWhen
+from locate_edit.errors import EditError, PromptError
+from locate_edit.fingerprint import difference, fingerprint
+from locate_edit.never_seen import NeverSeen, levels
+from locate_edit.prompts import PromptSet
+from locate_edit.slots import slots_for
+from locate_edit.storage import atomic_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 1
+
+
+@runtime_checkable
+class Method(Protocol):
+    """An edit method: hyperparameters with a call that changes a `Run` through `fit` or `write`.
+
+    Attributes a method may define as class variables: ``needs_retain`` (True when it has no meaning without retain
+    prompts), ``ascends`` (True when it raises the loss of forget prompts, so that the never-seen level stops it), and
+    ``side`` ("read", "write" or "both": which weights of a unit it changes unless the caller says otherwise).
+    """
+
+    def __call__(self, run: Run) -> None: ...
+
+
+def edit(
+    model: PreTrainedModel | nn.Module,
+    method: Method,
+    mask: ComponentMask | None,
+    *,
+    forget: PromptSet,
+    retain: PromptSet | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    side: str | None = None,
+    kv: str = "all",
+    never_seen: NeverSeen = "auto",
+    stop: StopWhen | tuple[StopWhen, ...] = (),
+    gradient_checkpointing: bool = False,
+    reuse_prefix_bytes: int = 2**30,
+    reference_bytes: int = 2**28,
+    progress: bool = False,
+) -> Edit:
+    """Change ``model`` in place with ``method``, only inside ``mask``, and return the change as an `Edit`.
+
+    Entries outside the mask stay bit-identical. If anything goes wrong, an interruption included, the model is restored
+    to what it was, bit for bit, with its modes, hooks and gradient flags.
+
+    Args:
+        model: a causal or masked language model in memory.
+        method: how to change it, e.g. ``NPO(steps=100, lr=1e-3)``.
+        mask: where it may change; None allows every parameter.
+        forget: the prompts the edit is about.
+        retain: prompts whose behaviour should stay, for methods with a retain term.
+        batch_size: prompts a batch, of each set.
+        seed: seed of the order of the data; the same seed gives the same bits on a CPU.
+        side: which weights of a unit change: "read", "write" or "both". Default: the method's own, usually "both".
+        kv: whether key/value rows shared by a group of heads change when all its heads are selected ("all") or not
+            ("never").
+        never_seen: where ascent-type methods stop, prompt by prompt: hold-out prompts, an oracle model, a number of nats a
+            token, "auto" (base rate of the other targets), or None for no such stop. See `locate_edit.never_seen`.
+        stop: further rules that end training early.
+        gradient_checkpointing: trade a second forward of each block for the memory of its activations.
+        reuse_prefix_bytes: memory for hidden states below the lowest edited block, kept between steps; 0 for none.
+        reference_bytes: memory for kept base-model logits (KL terms).
+        progress: show a progress bar.
+
+    Raises:
+        UnknownFamily, MaskError, PromptError: the model, the mask or the prompts cannot be used.
+        EditError: the method lacks data it needs, the loss stops being finite, or memory runs out.
+    """
+    model_map = describe(model)
+    _check(model_map, method, forget, retain)
+    slots = slots_for(model_map, mask, side=side or getattr(method, "side", "both"), kv=kv)
+    if not slots and mask is not None and len(mask.units()):
+        raise EditError(
+            f"the mask selects {len(mask.units())} units but nothing of them that {type(method).__name__} can change with "
+            f"side={side or getattr(method, 'side', 'both')!r}; try side='both'"
+        )
+    options = {"batch_size": batch_size, "seed": seed, "side": side, "kv": kv}
+    made_on = fingerprint(model)
+    steps = getattr(method, "steps", None)
+    with ExitStack() as stack:
+        on_step = stack.enter_context(_progress_bar(type(method).__name__, steps)) if progress and steps else None
+        settings = Settings(
+            batch_size=batch_size,
+            seed=seed,
+            reuse_prefix_bytes=reuse_prefix_bytes,
+            reference_bytes=reference_bytes,
+            gradient_checkpointing=gradient_checkpointing,
+            stop=stop if isinstance(stop, tuple) else (stop,),
+            on_step=on_step,
+        )
+        stack.enter_context(_quiet(model))
+        run = Run(model_map, slots, forget, retain, settings)
+        try:
+            if slots:
+                if getattr(method, "ascends", False):
+                    run.levels = levels(never_seen, model, forget, retain, batch_size)
+                if run.levels is not None:
+                    run.levels.keep_unknown(run.forget_nll())
+                method(run)
+        except BaseException as problem:
+            run.restore()
+            if (advice := _memory_advice(problem)) is not None:
+                raise EditError(advice) from problem
+            raise
+    provenance = {
+        "method": _describe_method(method),
+        "options": options,
+        "forget": {"name": forget.name, "prompts": len(forget), "digest": forget.digest},
+        "retain": None if retain is None else {"name": retain.name, "prompts": len(retain), "digest": retain.digest},
+        "model": {"class": type(model).__name__, "architecture": model_map.architecture},
+        **run.notes,
+    }
+    again = _again(
+        model, method, forget=forget, retain=retain, batch_size=batch_size, seed=seed, side=side, kv=kv,
+        never_seen=never_seen, stop=stop, gradient_checkpointing=gradient_checkpointing,
+        reuse_prefix_bytes=reuse_prefix_bytes, reference_bytes=reference_bytes,
+    )  # fmt: skip
+    return Edit(
+        run.delta(), mask=mask, provenance=provenance, log=run.log, made_on=made_on, model=model,
+        method=method, forget=forget, retain=retain, again=again,
+    )  # fmt: skip
+
+
+class Edit:
+    """A reversible change of a model's weights, with how it was made.
+
+    Attributes:
+        delta: which entries changed, with their old and new values.
+        mask: the component mask it was restricted to, or None.
+        provenance: method, options, data digests, model, and what the run noted (why it stopped, who got there).
+        log: one record a training step.
+        made_on: fingerprint of the model it was made on.
+        model: the model it is applied to, or None.
+        method, forget, retain: what it was made with; None after loading from a folder.
+    """
+
+    def __init__(
+        self,
+        delta: Delta,
+        *,
+        mask: ComponentMask | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        log: list[dict[str, Any]] | None = None,
+        made_on: Mapping[str, str] | None = None,
+        model: nn.Module | None = None,
+        method: Method | None = None,
+        forget: PromptSet | None = None,
+        retain: PromptSet | None = None,
+        again: Callable[[ComponentMask | None, int], Edit] | None = None,
+    ) -> None:
+        self.delta, self.mask, self.model = delta, mask, model
+        self.provenance, self.log, self.made_on = dict(provenance or {}), log or [], dict(made_on or {})
+        self.method, self.forget, self.retain, self._again = method, forget, retain, again
+
+    def __repr__(self) -> str:
+        method = self.provenance.get("method", {}).get("name", "combination")
+        state = "applied" if self.model is not None else "not applied"
+        return f"Edit({method}: {self.delta.count():,} entries in {len(self.delta)} parameters, {state})"
+
+    # -- on and off --------------------------------------------------------------------------------------------------
+
+    def apply(self, model: nn.Module, *, strict: bool = True) -> Edit:
+        """Write the new values into ``model`` and return this edit.
+
+        Args:
+            model: a model equal to the one the edit was made on.
+            strict: also refuse when parameters outside the edit differ; False stacks the edit on another one.
+
+        Raises:
+            EditError: already applied, or the model is not the one it was made for (with what differs). Nothing changed.
+        """
+        if self.model is not None:
+            raise EditError("this edit is applied already; undo it first, or load it again for a second model")
+        if self.delta and (at := self.delta.mismatch(model, "old")) is not None:
+            reason = difference(self.made_on, fingerprint(model)) or f"the edited entries of {at} differ"
+            raise EditError(f"this edit was made for another base model: {reason}. Apply it to the model it was made on")
+        if strict and self.made_on and (reason := difference(self.made_on, fingerprint(model))) is not None:
+            raise EditError(
+                f"this edit was made for another base model: {reason}. The edited entries themselves match; pass "
+                "strict=False to apply it on top of other changes"
+            )
+        self._write(model, "new")
+        self.model = model
+        return self
+
+    def undo(self) -> None:
+        """Write the old values back, bit for bit.
+
+        Raises:
+            EditError: the edit is not applied, or its entries were changed since.
+        """
+        model = self._applied()
+        if (at := self.delta.mismatch(model, "new")) is not None:
+            raise EditError(
+                f"cannot undo: {at} was changed after this edit was applied; undo the later edit first (last in, first out)"
+            )
+        self._write(model, "old")
+        self.model = None
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The edited model while the context is open; the base model again afterwards."""
+        self.apply(model)
+        try:
+            yield model
+        finally:
+            self.undo()
+
+    @contextmanager
+    def off(self) -> Iterator[nn.Module]:
+        """The base model while the context is open; the edited model again afterwards."""
+        model = self._applied()
+        self._write(model, "old")
+        try:
+            yield model
+        finally:
+            self._write(model, "new")
+
+    @contextmanager
+    def rerun(self, mask: ComponentMask | None, *, seed: int | None = None) -> Iterator[Edit]:
+        """The same method with the same data on another mask, for controls; this edit again afterwards.
+
+        Raises:
+            EditError: the edit was loaded from a folder, so its data and method are not at hand.
+        """
+        if self._again is None:
+            raise EditError("only an edit made in this process can be run again on another mask; call edit() instead")
+        with self.off():
+            other = self._again(mask, self.provenance["options"]["seed"] if seed is None else seed)
+            try:
+                yield other
+            finally:
+                if other.model is not None:
+                    other.undo()
+
+    def _applied(self) -> nn.Module:
+        if self.model is None:
+            raise EditError("this edit is not applied to a model; call .apply(model) first")
+        return self.model
+
+    def _write(self, model: nn.Module, which: str) -> None:
+        self.delta.write(model, which)
+
+    # -- arithmetic --------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Edit) -> Edit:
+        """Both changes together, as a new edit that is not applied. Both must come from the same base model."""
+        if (reason := difference(self.made_on, other.made_on)) is not None:
+            raise EditError(f"cannot combine edits of different base models: {reason}")
+        both = self.mask if other.mask is None else other.mask if self.mask is None else self.mask | other.mask
+        return self._combined(self.delta + other.delta, "sum", [self, other], both)
+
+    def __neg__(self) -> Edit:
+        """The opposite change (a task vector subtracted instead of added), not applied."""
+        return self._combined(-self.delta, "negation", [self], self.mask)
+
+    def __sub__(self, other: Edit) -> Edit:
+        """This change with the opposite of the other."""
+        return self + (-other)
+
+    def __mul__(self, factor: float) -> Edit:
+        """This change scaled by ``factor``, not applied."""
+        return self._combined(self.delta.scaled(float(factor)), f"scaled by {factor:g}", [self], self.mask)
+
+    __rmul__ = __mul__
+
+    def _combined(self, delta: Delta, name: str, parts: list[Edit], mask: ComponentMask | None) -> Edit:
+        provenance = {"method": {"name": name}, "parts": [part.provenance for part in parts]}
+        return Edit(delta, mask=mask, provenance=provenance, made_on=self.made_on)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``delta.safetensors``, ``edit.json`` and ``mask.safetensors`` into ``folder``, all or nothing.
+
+        The forget and retain texts are *not* saved, only their digests.
+        """
+        tensors, layout = self.delta.tensors()
+        with atomic_folder(folder, like="edit.json") as place:
+            save_file(tensors, place / "delta.safetensors")
+            if self.mask is not None:
+                self.mask.save(place / "mask.safetensors")
+            about: dict[str, Any] = {
+                "format": FORMAT,
+                "provenance": self.provenance,
+                "layout": layout,
+                "made_on": self.made_on,
+                "log": self.log,
+                "files": {file.name: _sha256(file.read_bytes()) for file in sorted(place.glob("*.safetensors"))},
+            }
+            about["digest"] = _digest(about)
+            (place / "edit.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Edit:
+        """Read an edit; call `apply` to use it.
+
+        Raises:
+            EditError: there is no edit there, or its files are truncated or were changed.
+        """
+        folder = Path(folder)
+        about = _read_json(folder / "edit.json")
+        for name, digest in about["files"].items():
+            file = folder / name
+            if not file.is_file():
+                raise EditError(f"{folder} is not a whole edit: {name} is missing")
+            if _sha256(file.read_bytes()) != digest:
+                raise EditError(f"{file} is truncated or was changed: its checksum is not the one in edit.json")
+        if "delta.safetensors" not in about["files"]:
+            raise EditError(f"{folder / 'edit.json'} names no delta.safetensors")
+        try:
+            with safe_open(folder / "delta.safetensors", framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError as problem:
+            raise EditError(f"{folder / 'delta.safetensors'} cannot be read: {problem}") from problem
+        mask = ComponentMask.load(folder / "mask.safetensors") if "mask.safetensors" in about["files"] else None
+        delta = Delta.from_tensors(tensors, about["layout"])
+        return cls(delta, mask=mask, provenance=about["provenance"], log=about["log"], made_on=about["made_on"])
+
+    def merge_to(self, folder: str | Path) -> Path:
+        """Save the edited model as an ordinary checkpoint (``save_pretrained``), all or nothing."""
+        model: Any = self._applied()
+        with atomic_folder(folder, like="config.json") as place:
+            model.save_pretrained(place)
+        return Path(folder)
+
+    def to_peft(self, folder: str | Path) -> Path:
+        """Save the change as a PEFT LoRA adapter whose effect equals the edit's up to rounding. See `locate_edit.lora`."""
+        from locate_edit.lora import save_lora
+
+        return save_lora(self._applied(), self.delta, folder)
+
+
+# -- helpers -------------------------------------------------------------------------------------------------------------
+
+
+def _check(model_map: ModelMap, method: Method, forget: PromptSet, retain: PromptSet | None) -> None:
+    name = type(method).__name__
+    if not callable(method) or isinstance(method, type):
+        raise EditError(f"method must be an object like NPO(steps=100, lr=1e-3), got {method!r}")
+    if not isinstance(forget, PromptSet) or not (retain is None or isinstance(retain, PromptSet)):
+        raise PromptError("forget and retain must be PromptSets: PromptSet(rows, tokenizer) makes one from a list")
+    if getattr(method, "needs_retain", False) and retain is None:
+        raise EditError(f"{name} needs retain prompts: pass edit(..., retain=PromptSet(...))")
+    for role, prompts in (("forget", forget), ("retain", retain)):
+        if prompts is None:
+            continue
+        if prompts.masked == model_map.causal:
+            kind, made = ("causal", "masked") if model_map.causal else ("masked", "causal")
+            raise PromptError(
+                f"{type(model_map.model).__name__} is a {kind} model, but the {role} prompts were made for a {made} one; "
+                f"pass PromptSet(..., masked={not model_map.causal})"
+            )
+        limit = getattr(model_map.config, "max_position_embeddings", None)
+        if limit is not None and prompts.longest > limit:
+            raise PromptError(
+                f"the longest of the {role} prompts has {prompts.longest} tokens, more than the model's context of {limit}; "
+                "pass PromptSet(..., max_length=...) or shorten it"
+            )
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) and no gradients for parameters; both as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _progress_bar(name: str, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(name, total=steps)
+        yield lambda _record: bar.advance(task)
+
+
+def _again(model: nn.Module, method: Method, **options: Any) -> Callable[[ComponentMask | None, int], Edit]:
+    return lambda mask, seed: edit(model, method, mask, **{**options, "seed": seed})
+
+
+def _describe_method(method: Method) -> dict[str, Any]:
+    values = {f.name: _plain(getattr(method, f.name)) for f in fields(method)} if is_dataclass(method) else {}
+    return {"name": type(method).__name__, "module": type(method).__module__, **values}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value if isinstance(value, str | int | float | bool | list | tuple | dict | None) else repr(value)
+
+
+def _memory_advice(problem: BaseException) -> str | None:
+    text = str(problem)
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return (
+            "out of memory; the model was restored. Lower batch_size, shorten the prompts, pass gradient_checkpointing=True, "
+            "or lower reuse_prefix_bytes and reference_bytes"
+        )
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise EditError(f"{path.parent} is not an edit: {path.name} is missing") from problem
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise EditError(f"{path} cannot be read: {problem}") from problem
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else type(about).__name__
+        raise EditError(f"{path}: expected an edit of format {FORMAT}, found {found!r}")
+    digest = about.pop("digest", None)
+    if digest != _digest(about):
+        raise EditError(f"{path} was changed after it was written: its digest does not fit its contents")
+    return about
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(about, sort_keys=True).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+__all__ = ["Change", "Delta", "Edit", "Method", "edit"]

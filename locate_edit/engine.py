@@ -1,0 +1,442 @@
+"""The one place that trains weights: packed slices of a frozen model.
+
+A `Run` is what an edit method receives. It offers forward passes over labelled positions (`score`), the unedited model
+(`base`, `reference`), and two ways to change weights: `fit`, which trains the packed slices on a loss, and `write`, which
+sets them. Everything outside the slices is never written, so it stays bit-identical by construction.
+
+One step of `fit` costs, relative to a forward pass of the whole model, ``1 + (1 - start/n_layers) + f``: the forward, the
+input gradients above the lowest edited block ``start``, and the weight gradient of the edited fraction ``f`` of the
+parameters. Hidden states below ``start`` are kept when items come back, which saves ``start/n_layers`` of the forward too.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from circuits import ModelMap
+from circuits.forward import labelled_logits, token_log_probs
+from locate_edit.delta import Change, Delta
+from locate_edit.errors import EditError
+from locate_edit.losses import per_item_mean, per_item_sum
+from locate_edit.never_seen import Levels
+from locate_edit.optim import Optim
+from locate_edit.packed import packed_forward
+from locate_edit.prefix import PrefixCache
+from locate_edit.prompts import Batch, PromptSet
+from locate_edit.slots import Slot
+
+logger = logging.getLogger(__name__)
+
+CHECK_EVERY_ON_GPU = 16  # steps between looks at the loss on a GPU: a look waits for all queued work
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One forward pass over a batch: logits `label vocab` (float32) and the batch on the model's device."""
+
+    logits: Tensor
+    batch: Batch
+
+    @property
+    def n(self) -> int:
+        """Number of prompts."""
+        return len(self.batch.items)
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """Log-probability `label` of each labelled token, in nats."""
+        return token_log_probs(self.logits, self.batch.label)
+
+    def nll(self) -> Tensor:
+        """Mean negative log-likelihood a labelled token of each prompt: `item`, in nats a token."""
+        return per_item_mean(-self.log_prob, self.batch.item, self.n, self.batch.weight)
+
+    def total_log_prob(self) -> Tensor:
+        """Log-probability of each prompt's whole target: `item`, in nats."""
+        return per_item_sum(self.log_prob * self.batch.weight, self.batch.item, self.n)
+
+    def cross_entropy(self) -> Tensor:
+        """Mean negative log-likelihood over all labelled tokens of the batch, in nats a token."""
+        weight = self.batch.weight
+        return -(self.log_prob * weight).sum() / weight.sum()
+
+    def mean(self, per_label: Tensor) -> Tensor:
+        """Weighted mean of ``per_label`` values `label` over the batch."""
+        weight = self.batch.weight
+        return (per_label * weight).sum() / weight.sum()
+
+
+@dataclass(frozen=True)
+class Step:
+    """The data of one step: batches on the CPU, with the index of the step (0-based)."""
+
+    index: int
+    forget: Batch
+    retain: Batch | None
+
+
+@dataclass(frozen=True)
+class StopWhen:
+    """End training early once a quantity crosses a bound.
+
+    Attributes:
+        quantity: name of a logged term ("loss", "forget", "retain", ...), or a function of the model that returns a
+            number. A function sees the model as edited so far, in evaluation mode and without gradients.
+        above: stop when the quantity is larger.
+        below: stop when the quantity is smaller.
+        every: steps between looks.
+    """
+
+    quantity: str | Callable[[nn.Module], float]
+    above: float = math.inf
+    below: float = -math.inf
+    every: int = 1
+
+    def reason(self, step: int, record: dict[str, Any], model: nn.Module) -> str | None:
+        """Why to stop after ``step``, or None."""
+        if (step + 1) % self.every:
+            return None
+        name = self.quantity if isinstance(self.quantity, str) else getattr(self.quantity, "__name__", "metric")
+        if isinstance(self.quantity, str):
+            if self.quantity not in record:
+                raise EditError(f"cannot stop on {name!r}: this method logs {sorted(record)}")
+            value = float(record[self.quantity])
+        else:
+            with torch.no_grad():
+                value = float(self.quantity(model))
+        if value > self.above:
+            return f"{name} {value:.4g} rose above {self.above:g}"
+        if value < self.below:
+            return f"{name} {value:.4g} fell below {self.below:g}"
+        return None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is executed; none of it changes what a method means.
+
+    Attributes:
+        batch_size: prompts a batch, of the forget and of the retain set each.
+        seed: seed of the order of the data.
+        reuse_prefix_bytes: memory for hidden states kept below the lowest edited block; 0 switches reuse off.
+        reference_bytes: memory for kept logits of the base model; beyond it they are computed when needed.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        stop: rules that end training early.
+        on_step: called after every step with its log record.
+    """
+
+    batch_size: int = 8
+    seed: int = 0
+    reuse_prefix_bytes: int = 2**30
+    reference_bytes: int = 2**28
+    gradient_checkpointing: bool = False
+    stop: tuple[StopWhen, ...] = ()
+    on_step: Callable[[dict[str, Any]], None] | None = None
+
+
+@dataclass
+class Run:
+    """A model with packed slices that an edit method may train or write. Made by `locate_edit.edit`."""
+
+    model_map: ModelMap
+    slots: Sequence[Slot]
+    forget: PromptSet
+    retain: PromptSet | None
+    settings: Settings
+    levels: Levels | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model: nn.Module = self.model_map.model
+        self.device = next(self.model.parameters()).device
+        self.old = [slot.selection.gather(slot.parameter.data) for slot in self.slots]
+        self._now = self.old
+        self._kept_logits: dict[tuple[int, int], Tensor] = {}
+        self._free_bytes = self.settings.reference_bytes
+        self._references: dict[int, list[Tensor]] = {}
+        self._prefix = self._make_prefix()
+
+    # -- forward passes ----------------------------------------------------------------------------------------------
+
+    def score(self, batch: Batch) -> Scored:
+        """One forward pass over a CPU ``batch`` with the model as edited so far."""
+        there = batch.to(self.device)
+        if self._prefix is None:
+            return Scored(labelled_logits(self.model, there), there)
+        with self._prefix.supply(self._prefix.hidden(batch)):
+            return Scored(labelled_logits(self.model, there), there)
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """The unedited model while the context is open: old values in the slices, no second copy of the weights."""
+        try:
+            self._put(self.old)
+            yield
+        finally:
+            self._put(self._now)
+
+    @torch.no_grad()
+    def reference(self, prompts: PromptSet, batch: Batch) -> Tensor:
+        """The base model's log-probability `label` of every label of ``batch`` (of ``prompts``), computed once a set."""
+        if id(prompts) not in self._references:
+            with self.base():
+                self._references[id(prompts)] = self._per_item(prompts)
+        kept = self._references[id(prompts)]
+        return torch.cat([kept[i] for i in batch.items])
+
+    @torch.no_grad()
+    def reference_logits(self, prompts: PromptSet, batch: Batch) -> Tensor:
+        """The base model's logits `label vocab` on ``batch`` (of ``prompts``), kept while memory for them lasts."""
+        keys = [(id(prompts), i) for i in batch.items]
+        if all(key in self._kept_logits for key in keys):
+            return torch.cat([self._kept_logits[key] for key in keys])
+        with self.base():
+            logits = self.score(batch).logits
+        for key, part in zip(keys, logits.split(_labels_per_item(batch)), strict=True):
+            size = part.numel() * part.element_size()
+            if key not in self._kept_logits and size <= self._free_bytes:
+                self._kept_logits[key] = part.clone()
+                self._free_bytes -= size
+        return logits
+
+    @torch.no_grad()
+    def forget_nll(self) -> Tensor:
+        """Mean negative log-likelihood a token of every forget prompt now: `item`, in nats a token."""
+        found = torch.zeros(len(self.forget), device=self.device)
+        for batch in self.forget.batches(self.settings.batch_size):
+            found[list(batch.items)] = self.score(batch).nll()
+        return found
+
+    def towards_level(self, batch: Batch, nll: Tensor) -> Tensor:
+        """How hard to push each forget prompt of ``batch`` up: `item` in [-1, 1], ones without a never-seen level.
+
+        Proportional control: 1 far below its never-seen level, 0 at the level, negative (pull back) beyond it, so that
+        every prompt ends at the level and none beyond.
+        """
+        if self.levels is None:
+            return torch.ones_like(nll)
+        return self.levels.push(batch.items, nll.detach())
+
+    def add_stop(self, rule: StopWhen) -> None:
+        """Let a method bring its own rule to end training early."""
+        self.settings = replace(self.settings, stop=(*self.settings.stop, rule))
+
+    # -- changing weights --------------------------------------------------------------------------------------------
+
+    def write(self, values: Callable[[Slot, Tensor], Tensor]) -> None:
+        """Set every slot to ``values(slot, packed values now)``, a tensor of the packed shape."""
+        new = [values(slot, now).to(now.dtype) for slot, now in zip(self.slots, self._now, strict=True)]
+        self._finish(new)
+
+    def fit(
+        self, loss: Callable[[Step], dict[str, Tensor]], *, steps: int, lr: float, optim: Optim | None = None
+    ) -> None:
+        """Train the packed slices on ``loss`` for at most ``steps`` optimizer steps.
+
+        Args:
+            loss: the terms of the loss of one batch, by name; their sum is minimised, each is logged.
+            steps: optimizer steps.
+            lr: peak learning rate.
+            optim: optimizer settings.
+
+        Raises:
+            EditError: the loss stops being a finite number (said at which step), or does not depend on any slice.
+        """
+        if steps < 0 or not lr >= 0:
+            raise EditError(f"steps and lr must not be negative: got steps={steps}, lr={lr}")
+        optim = optim or Optim()
+        leaves = [now.to(_wide(now), copy=True).requires_grad_() for now in self._now]
+        if not leaves or not steps:
+            return
+        optimizer = optim.build(leaves, lr)
+        base = [old.to(_wide(old)) for old in self.old] if optim.weight_decay else []
+        data = self._steps()
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(packed_forward(self.model, self.slots, leaves))
+            if self.settings.gradient_checkpointing:
+                stack.enter_context(_checkpointed(self._layers()))
+            for index in range(steps):
+                started = time.process_time()
+                rate = lr * optim.factor(index, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                record = self._backward(loss, data, index, optim.accumulate, leaves)
+                if optim.clip is not None:
+                    record["grad_norm"] = nn.utils.clip_grad_norm_(leaves, optim.clip)
+                if base:
+                    torch._foreach_lerp_([leaf.data for leaf in leaves], base, rate * optim.weight_decay)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                self._put([leaf.detach().to(old.dtype) for leaf, old in zip(leaves, self.old, strict=True)])
+                record |= {"step": index, "lr": rate, "cpu_seconds": time.process_time() - started}
+                self.log.append(record)
+                if self._done(index, record):
+                    break
+        self._check_finite(self.log)
+        self._finish([leaf.detach().to(old.dtype) for leaf, old in zip(leaves, self.old, strict=True)])
+        self.log[:] = [{k: _number(v) for k, v in record.items()} for record in self.log]
+        if self.levels is not None:
+            self.notes["never_seen"] = self.levels.summary(self.forget_nll())
+
+    def restore(self) -> None:
+        """Write the unedited values back, bit for bit."""
+        self._put(self.old)
+        self._now = self.old
+
+    def delta(self) -> Delta:
+        """What has changed so far."""
+        return Delta(
+            {
+                slot.name: Change(slot.selection, old, new.clone())
+                for slot, old, new in zip(self.slots, self.old, self._now, strict=True)
+            }
+        )
+
+    def _backward(
+        self, loss: Callable[[Step], dict[str, Tensor]], data: Iterator[Step], index: int, n: int, leaves: list[Tensor]
+    ) -> dict[str, Any]:
+        """Gradients of ``n`` batches, averaged, into the leaves; returns the loss and its terms."""
+        record: dict[str, Any] = {"loss": 0.0}
+        for _ in range(n):
+            step = next(data)
+            terms = loss(Step(index, step.forget, step.retain))
+            total = torch.stack(list(terms.values())).sum()
+            if not total.requires_grad:
+                raise EditError(
+                    "the loss does not depend on anything the mask selects: choose units that the scored tokens pass through"
+                )
+            (total / n).backward()  # type: ignore[no-untyped-call]
+            for name, term in {"loss": total, **terms}.items():
+                record[name] = record.get(name, 0.0) + term.detach() / n
+        for leaf in leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        return record
+
+    def _done(self, index: int, record: dict[str, Any]) -> bool:
+        """Whether to stop after this step; raises when the loss is not finite."""
+        if self.settings.on_step is not None:
+            self.settings.on_step(record)
+        if not self.device.type == "cuda" or (index + 1) % CHECK_EVERY_ON_GPU == 0:
+            self._check_finite(self.log[-CHECK_EVERY_ON_GPU:])
+        for rule in self.settings.stop:
+            reason = rule.reason(index, record, self.model)
+            if reason:
+                self.notes["stopped"] = f"after step {index}: {reason}"
+                return True
+        if self.levels is not None and (index + 1) % self._steps_per_epoch() == 0:
+            if self.levels.all_seen_there() and self.levels.all_there(self.forget_nll()):
+                self.notes["stopped"] = f"after step {index}: every forget prompt is at its never-seen level"
+                return True
+        return False
+
+    def _check_finite(self, records: list[dict[str, Any]]) -> None:
+        losses = torch.stack([torch.as_tensor(r["loss"], device=self.device) for r in records])
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            record = records[int(bad[0])]
+            raise EditError(
+                f"the loss became {float(record['loss'])} at step {record['step']}; the model was restored. "
+                "Lower lr, add optim=Optim(clip=1.0), or start with fewer units"
+            )
+
+    def _finish(self, new: list[Tensor]) -> None:
+        for slot, values in zip(self.slots, new, strict=True):
+            if not bool(torch.isfinite(values.float()).all()):
+                raise EditError(f"new values of {slot.name} are not finite; the model was restored. Lower lr or clip")
+        self._put(new)
+
+    def _put(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for slot, packed in zip(self.slots, values, strict=True):
+                slot.selection.scatter_(slot.parameter.data, packed)
+        if values is not self.old:
+            self._now = values
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _steps(self) -> Iterator[Step]:
+        """Endless batches, both sets in a fresh seeded order every epoch."""
+        forget = _batches(self.forget, self.settings.batch_size, self.settings.seed)
+        retain = _batches(self.retain, self.settings.batch_size, self.settings.seed + 1) if self.retain else None
+        while True:
+            yield Step(0, next(forget), next(retain) if retain is not None else None)
+
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.forget) / self.settings.batch_size)
+
+    def _per_item(self, prompts: PromptSet) -> list[Tensor]:
+        """Log-probabilities `label` of every prompt, in its order."""
+        found: dict[int, Tensor] = {}
+        for batch in prompts.batches(self.settings.batch_size):
+            parts = self.score(batch).log_prob.split(_labels_per_item(batch))
+            found.update(zip(batch.items, parts, strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _layers(self) -> list[nn.Module]:
+        return [self.model_map.layer_module(i) for i in range(self.model_map.n_layers)]
+
+    def _make_prefix(self) -> PrefixCache | None:
+        start = min((self.model_map.lowest_layer(slot.name) for slot in self.slots), default=0)
+        start = min(start, self.model_map.n_layers - 1)
+        if start < 1 or not self.settings.reuse_prefix_bytes:
+            return None
+        return PrefixCache(self.model, self._layers(), start, self.settings.reuse_prefix_bytes)
+
+
+def _batches(prompts: PromptSet, size: int, seed: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    whole = prompts.batch(range(len(prompts))) if len(prompts) <= size else None
+    while True:
+        if whole is not None:
+            yield whole
+            continue
+        order = torch.randperm(len(prompts), generator=generator).tolist()
+        for at in range(0, len(order), size):
+            yield prompts.batch(order[at : at + size])
+
+
+def _labels_per_item(batch: Batch) -> list[int]:
+    return torch.bincount(batch.item.cpu(), minlength=len(batch.items)).tolist()  # type: ignore[no-any-return]
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """The dtype master values are kept in: float32, or float64 for float64 models."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
+    """Blocks that keep no activations and run again in the backward pass."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+
+    def rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    try:
+        for layer in layers:
+            layer.forward = rerun(layer.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.forward = forward  # type: ignore[method-assign]
