@@ -6,8 +6,9 @@ line's `--help`) does not import torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from circuits.lazy import lazy_exports
 
 __version__ = "0.1.0"
 
@@ -22,15 +23,15 @@ _HOME = {
     "evaluate": "locate_edit.evaluation",
 }
 
-__all__ = [  # noqa: RUF022 - in the order of use
-    "PromptSet",
-    "edit",
+__all__ = [
     "Edit",
-    "evaluate",
-    "Report",
+    "EditError",
     "LocateEditError",
     "PromptError",
-    "EditError",
+    "PromptSet",
+    "Report",
+    "edit",
+    "evaluate",
 ]
 
 if TYPE_CHECKING:
@@ -40,16 +41,4 @@ if TYPE_CHECKING:
     from locate_edit.prompts import PromptSet
     from locate_edit.report import Report
 
-
-def __getattr__(name: str) -> Any:
-    """Import `name` from its module on first use (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'locate_edit' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the public names, loaded or not."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, _HOME)
