@@ -22,7 +22,9 @@ _HOME = {
     "Slice": "circuits.model_map",
     "Unit": "circuits.sites",
     "UnknownFamily": "circuits.errors",
+    "capture": "circuits.hooks",
     "describe": "circuits.model_map",
+    "replace": "circuits.hooks",
 }
 
 __all__ = [
@@ -37,11 +39,14 @@ __all__ = [
     "Slice",
     "Unit",
     "UnknownFamily",
+    "capture",
     "describe",
+    "replace",
 ]
 
 if TYPE_CHECKING:
     from circuits.errors import LocateEditError, MaskError, SiteError, UnknownFamily
+    from circuits.hooks import capture, replace
     from circuits.mask import ComponentMask
     from circuits.model_map import ModelMap, ReadPoint, Slice, describe
     from circuits.scores import Scores

@@ -50,7 +50,8 @@ class ComponentMask:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for site, units in self.on.items():
+        given: Mapping[Any, Any] = self.on
+        for site, units in given.items():
             if not isinstance(site, Site):
                 raise MaskError(f"the keys of a mask are sites, got {site!r}; see Site.parse")
             if not isinstance(units, Tensor) or units.dtype != torch.bool:
@@ -235,7 +236,7 @@ class ComponentMask:
 
     def _combine(self, other: Any, sign: str, operation: Any) -> ComponentMask:
         if not isinstance(other, ComponentMask):
-            return NotImplemented
+            return NotImplemented  # type: ignore[no-any-return]
         mine, theirs = self.provenance.get("architecture"), other.provenance.get("architecture")
         if mine is not None and theirs is not None and mine != theirs:
             raise MaskError(f"cannot combine masks of two models: architecture {mine} and {theirs}")

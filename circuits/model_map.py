@@ -229,7 +229,7 @@ class ModelMap:
                 "kv_head": self.n_kv_heads,
                 "slot": self.n_heads // self.n_kv_heads + 2,
             }
-            weight, _, parameter = self._find(layer, "down")
+            weight, _, parameter = self.find(layer, "down")
             for group, size in zip(weight.layout.groups, parameter.shape, strict=False):
                 if group.names <= {"neuron", "expert"}:
                     sizes[next(iter(group.names))] = int(size)
@@ -275,7 +275,12 @@ class ModelMap:
                 return weight, found
         return None
 
-    def _find(self, layer: int, role: str) -> tuple[Weight, nn.Module, nn.Parameter]:
+    def find(self, layer: int, role: str) -> tuple[Weight, nn.Module, nn.Parameter]:
+        """The table entry, the module and the parameter of a role in one layer.
+
+        Raises:
+            UnknownFamily: the layer has no such weight.
+        """
         found = self._alternative(layer, role)
         where = f"{_identity(self.model)}, layer {layer}"
         if found is None:
@@ -298,12 +303,12 @@ class ModelMap:
 
     def parameter_name(self, layer: int, role: str) -> str:
         """Name of the parameter that holds the weight of a role."""
-        weight, _, _ = self._find(layer, role)
+        weight, _, _ = self.find(layer, role)
         return self._name(layer, weight, weight.parameter)
 
     def axes(self, layer: int, role: str) -> tuple[str, ...]:
         """Axis names of ``view(layer, role)``."""
-        return self._find(layer, role)[0].layout.axes
+        return self.find(layer, role)[0].layout.axes
 
     def view(self, layer: int, role: str) -> Tensor:
         """A writable view of the q, k, v, o, gate, up or down weight, one axis per name in ``axes(layer, role)``.
@@ -311,16 +316,16 @@ class ModelMap:
         Raises:
             UnknownFamily: the layer has no such weight, or not of the expected shape.
         """
-        weight, _, parameter = self._find(layer, role)
+        weight, _, parameter = self.find(layer, role)
         return self._unfold(layer, weight, weight.parameter, parameter, weight.layout)
 
     def bias_axes(self, layer: int, role: str) -> tuple[str, ...]:
         """Axis names of ``bias_view(layer, role)``."""
-        return self._find(layer, role)[0].bias_layout(CONTRACTED[role]).axes
+        return self.find(layer, role)[0].bias_layout(CONTRACTED[role]).axes
 
     def bias_view(self, layer: int, role: str) -> Tensor | None:
         """A writable view of the bias of a role, or None where the model has none."""
-        weight, module, _ = self._find(layer, role)
+        weight, module, _ = self.find(layer, role)
         bias = module._parameters.get(weight.bias_parameter)
         if bias is None:
             return None
@@ -435,7 +440,7 @@ class ModelMap:
     def _role_slices(
         self, layer: int, role: str, unit_axes: tuple[str, ...], side: Side
     ) -> Iterator[Slice]:
-        weight, module, _ = self._find(layer, role)
+        weight, module, _ = self.find(layer, role)
         bias = self.bias_view(layer, role)
         places = [(weight.parameter, self.view(layer, role), self.axes(layer, role))]
         if bias is not None:
@@ -446,7 +451,8 @@ class ModelMap:
             if units and (len(units) == len([a for a in unit_axes if a in self.axes(layer, role)])):
                 order = (*units, *(axis for axis in axes if axis not in units))
                 view = view.permute([axes.index(axis) for axis in order])
-                start = view.storage_offset() - module.get_parameter(name).storage_offset()
+                parameter = module.get_parameter(name)
+                start = int(view.storage_offset()) - int(parameter.storage_offset())
                 full = self._name(layer, weight, name)
                 yield Slice(full, view, order, len(units), start, side, role)
 
@@ -520,6 +526,10 @@ class ModelMap:
     def kv_mask(self, heads: Tensor) -> Tensor:
         """Key-value heads `kv_head` all of whose heads are on in ``heads`` `head`."""
         return heads.reshape(self.n_kv_heads, -1).all(dim=1)
+
+    def heads_of(self, kv_heads: Tensor) -> Tensor:
+        """Heads `head` that share the key-value heads which are on in ``kv_heads`` `kv_head`."""
+        return kv_heads.repeat_interleave(self.n_heads // self.n_kv_heads)
 
     def selected_slices(
         self, mask: ComponentMask, side: Side = "both", kv: KeyValues = "all"
@@ -607,7 +617,7 @@ class ModelMap:
             path = self.layer_prefix(site.layer)[:-1]
             return ReadPoint(self.layer_module(site.layer), path, "output", stream)
         role = "o" if site.kind in ("head", "attn") else "down"
-        weight, module, _ = self._find(site.layer, role)
+        weight, module, _ = self.find(site.layer, role)
         path = self.layer_prefix(site.layer) + weight.path
         if site.kind in ("mlp", "attn"):
             return ReadPoint(module, path, "output", stream)
@@ -655,11 +665,11 @@ def describe(model: nn.Module) -> ModelMap:
     base = str(getattr(model, "base_model_prefix", ""))
     inside = bool(base) and isinstance(getattr(model, base, None), nn.Module)
     model_map = ModelMap(model, family, f"{base}." if inside else "")
-    _verify(model_map)
+    verify(model_map)
     return model_map
 
 
-def _verify(model_map: ModelMap) -> None:
+def verify(model_map: ModelMap) -> None:
     """Compare every weight of every layer with the table."""
     if model_map.n_heads % model_map.n_kv_heads:
         raise UnknownFamily(

@@ -45,7 +45,8 @@ class Scores:
         if not self.values:
             raise MaskError("scores need at least one site, got none")
         prompts = None
-        for site, scores in self.values.items():
+        given: Mapping[Any, Any] = self.values
+        for site, scores in given.items():
             if not isinstance(site, Site):
                 raise MaskError(f"the keys of scores are sites, got {site!r}; see Site.parse")
             if not isinstance(scores, Tensor) or scores.dim() < 2 or not scores.is_floating_point():
@@ -156,7 +157,7 @@ class Scores:
 
     def _combine(self, other: Any, sign: str, operation: Any) -> Scores:
         if not isinstance(other, Scores):
-            return NotImplemented
+            return NotImplemented  # type: ignore[no-any-return]
         _same_sites(self, other)
         if 1 not in (self.n_prompts, other.n_prompts) and self.n_prompts != other.n_prompts:
             raise MaskError(

@@ -32,7 +32,9 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(
             f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode()
         )
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
         digest.update(
             b"none" if tensor.grad is None else tensor.grad.cpu().double().numpy().tobytes()
         )

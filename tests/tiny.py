@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -208,7 +207,7 @@ def tiny(
         auto = AutoModelForMaskedLM if model_type in MASKED else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = auto.from_config(config)
+        model: Any = auto.from_config(config)
     randomise(model, seed)
     return model.to(dtype).eval()
 
