@@ -100,7 +100,8 @@ def build(kind: Kind, name: str, settings: dict[str, str] | None = None) -> Any:
     Args:
         kind: what `name` is.
         name: a catalogue name or `package.module:Name` (a class, a ready object or a function).
-        settings: hyperparameter name to text, e.g. `{"beta": "0.1"}`; the text is read by the field's type.
+        settings: hyperparameter name to text, e.g. `{"beta": "0.1", "optim.clip": "1"}`; the text is read by the
+            field's type.
 
     Raises:
         CatalogError: unknown name or hyperparameter, or text that does not fit the type.
@@ -115,16 +116,21 @@ def build(kind: Kind, name: str, settings: dict[str, str] | None = None) -> Any:
             )
         return target() if inspect.isclass(target) else target
     known = hyperparameters(target)
-    values = {}
+    values: dict[str, Any] = {}
     for key, text in settings.items():
-        field = key.replace("-", "_")
+        field, dot, inner = key.replace("-", "_").partition(".")
         if field not in known:
             close = difflib.get_close_matches(field, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise CatalogError(
                 f"{target.__name__} has no hyperparameter {key!r}.{hint} It has: {describe(target)}."
             )
-        values[field] = _read_as(known[field].type, text, f"{target.__name__}.{field}")
+        where = f"{target.__name__}.{field}"
+        if dot:
+            whole = values.get(field, known[field].default)
+            values[field] = _replace(whole, inner, text, where)
+        else:
+            values[field] = _read_as(known[field].type, text, where)
     missing = [key for key, field in known.items() if field.required and key not in values]
     if missing:
         raise CatalogError(
@@ -220,7 +226,7 @@ def _command_name(name: str) -> str:
 
 
 def _first_sentence(docstring: str) -> str:
-    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    paragraph = " ".join(docstring.split("\n\n")[0].split()).replace("``", "`")
     match = re.match(r"(.+?[.!?])(?=\s|$)", paragraph)
     return match.group(1) if match else paragraph
 
@@ -250,6 +256,18 @@ def _resolve_path(kind: str, path: str) -> Any:
     if not callable(found):
         raise CatalogError(f"{path} is a {type(found).__name__}, and a {kind} must be callable.")
     return found
+
+
+def _replace(whole: Any, name: str, text: str, where: str) -> Any:
+    """Return the dataclass `whole` with one field read from text."""
+    if not dataclasses.is_dataclass(whole) or isinstance(whole, type):
+        raise CatalogError(
+            f"{where}.{name}: {where} is {whole!r}, which has no fields of its own to set."
+        )
+    known = hyperparameters(type(whole))
+    if name not in known:
+        raise CatalogError(f"{where} has no field {name!r}. It has: {describe(type(whole))}.")
+    return dataclasses.replace(whole, **{name: _read_as(known[name].type, text, f"{where}.{name}")})
 
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

@@ -68,7 +68,7 @@ def atomic_folder(path: str | Path, *, like: str | None = None) -> Iterator[Path
         StorageError: `path` is a file or somebody else's folder, or the disk refuses the write.
     """
     target = Path(path)
-    _check_replaceable(target, like)
+    check_folder(target, like=like)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -82,7 +82,13 @@ def atomic_folder(path: str | Path, *, like: str | None = None) -> Iterator[Path
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, like: str | None) -> None:
+def check_folder(path: str | Path, *, like: str | None = None) -> None:
+    """Check that `atomic_folder` would accept a folder, so that long work need not start in vain.
+
+    Raises:
+        StorageError: `path` is a file, or a folder with content that is no earlier result.
+    """
+    target = Path(path)
     if target.is_dir():
         if not any(target.iterdir()) or (like is not None and (target / like).is_file()):
             return

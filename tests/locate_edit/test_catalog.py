@@ -21,6 +21,14 @@ ENTRIES = [entry for kind in KINDS for entry in catalog.entries(kind)]
 
 
 @dataclass(frozen=True)
+class Inner:
+    """Settings within settings."""
+
+    clip: float | None = None
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
 class Sample:
     """A localizer with one hyperparameter of every kind."""
 
@@ -32,6 +40,7 @@ class Sample:
     exact: bool = True
     layers: tuple[int, ...] = ()
     span: tuple[int, float] = (1, 2.0)
+    inner: Inner = Inner()
 
     def __call__(self) -> int:
         return self.steps
@@ -139,13 +148,17 @@ def test_command_names(name: str, expected: str) -> None:
         ({"steps": "1", "exact": "no"}, Sample(1, exact=False)),
         ({"steps": "1", "layers": "3, 4,5"}, Sample(1, layers=(3, 4, 5))),
         ({"steps": "1", "span": "2,0.5"}, Sample(1, span=(2, 0.5))),
+        (
+            {"steps": "1", "inner.clip": "0.5", "inner.warmup": "3"},
+            Sample(1, inner=Inner(clip=0.5, warmup=3)),
+        ),
     ],
 )
 def test_text_is_read_by_type(settings: dict[str, str], expected: Sample) -> None:
     made = catalog.build("localizer", PATH, settings)
     assert made == expected
-    for name, value in dataclasses.asdict(expected).items():
-        assert type(getattr(made, name)) is type(value)
+    for field in dataclasses.fields(expected):
+        assert type(getattr(made, field.name)) is type(getattr(expected, field.name))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +175,9 @@ def test_text_is_read_by_type(settings: dict[str, str], expected: Sample) -> Non
             {"step": "1"},
             r"has no hyperparameter 'step'\. Did you mean 'steps'\? It has: steps: int, rate: float = 0\.5",
         ),
+        ({"steps": "1", "inner.clap": "1"}, r"Sample\.inner has no field 'clap'\. It has: clip"),
+        ({"steps": "1", "inner.warmup": "x"}, r"Sample\.inner\.warmup: expected int, got 'x'"),
+        ({"steps": "1", "rate.x": "1"}, r"Sample\.rate is 0\.5, which has no fields of its own"),
         ({}, "Sample needs a value for steps"),
     ],
 )
@@ -195,7 +211,7 @@ def test_names_that_lead_nowhere_are_explained(name: str, message: str) -> None:
 
 
 def test_a_class_that_refuses_its_values_is_explained() -> None:
-    with pytest.raises(CatalogError, match="Picky refuses {'steps': -1}: at least one step"):
+    with pytest.raises(CatalogError, match=r"Picky refuses {'steps': -1}: at least one step"):
         catalog.build("localizer", f"{__name__}:Picky", {"steps": "-1"})
 
 

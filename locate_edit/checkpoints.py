@@ -1,4 +1,4 @@
-"""Load a language model and its tokenizer from a name, whatever kind of language model it is."""
+"""Models on disk: load one by name, save an edited one whole, and take an edit out of one it was merged into."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuits.errors import LocateEditError
+from locate_edit.errors import EditError
+from locate_edit.storage import atomic_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from locate_edit.editing import Edit
 
 SHIPPED = ("organism", "oracle", "oracle2")
 """Names of the models that come with the package."""
@@ -52,6 +56,44 @@ def load(
     return model.eval(), tokenizer
 
 
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a model and its tokenizer as an ordinary checkpoint, all or nothing.
+
+    Raises:
+        StorageError: the folder holds something else, or the disk refuses the write.
+    """
+    with atomic_folder(folder, like="config.json") as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+
+def take_out(edit: Edit, model: PreTrainedModel) -> None:
+    """Turn a model that an edit was merged into back into the base model, bit for bit.
+
+    Raises:
+        EditError: the model does not hold this edit, or holds other changes as well. It is as it was.
+    """
+    from locate_edit.fingerprint import difference, fingerprint
+
+    if (at := edit.delta.mismatch(model, "new")) is not None:
+        if edit.delta.mismatch(model, "old") is None:
+            raise EditError(
+                "there is nothing to undo: the model does not hold this edit, its edited entries have the base "
+                "model's values"
+            )
+        raise EditError(
+            f"cannot undo: the model does not hold this edit, {at} has other values than it wrote. Expected the "
+            "checkpoint the edit was merged into, unchanged since"
+        )
+    edit.delta.write(model, "old")
+    if (reason := difference(edit.made_on, fingerprint(model))) is not None:
+        edit.delta.write(model, "new")
+        raise EditError(
+            f"cannot undo: without this edit the model would still not be its base model: {reason}. If another edit "
+            "was merged later, take that one out first"
+        )
+
+
 def _shipped(name: str, dtype: Any) -> tuple[Any, Any]:
     from locate_edit import organism
 
@@ -91,6 +133,12 @@ def _stored(name: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"The {what} has no usable tokenizer: {_first_line(error)} Save one beside the weights with "
             "tokenizer.save_pretrained."
         ) from error
+    # Without its files, transformers may make a tokenizer of the right class with nothing in it.
+    if not tokenizer("a")["input_ids"]:
+        raise LoadError(
+            f"The {what} has no usable tokenizer: it knows no tokens. Save one beside the weights with "
+            "tokenizer.save_pretrained."
+        )
     return model, tokenizer
 
 

@@ -1,0 +1,565 @@
+"""The command line: `locate-edit demo | locate | edit | evaluate | undo | info`.
+
+Every command is a thin layer over the library: read names and files, call the verb, write the result, say what was
+done.
+Torch is imported inside the commands, so that `--help` answers at once. What a command has to say goes to standard
+output; with `--json` that is one JSON object and nothing else. Progress and errors go to standard error.
+
+Exit codes: 0 done, 1 the input could not be used (the message says why), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from circuits.errors import LocateEditError
+from locate_edit import __version__, catalog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from circuits import ComponentMask, ModelMap
+    from locate_edit.prompts import PromptSet
+
+F = TypeVar("F", bound=Callable[..., None])
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="locate-edit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Find where a language model keeps something, change exactly those weights, and measure what changed.\n\n"
+        "Start with [bold]locate-edit demo[/bold]: it needs no files, no network and no GPU."
+    ),
+    epilog=(
+        "MODEL is a folder written by save_pretrained, a name on the Hugging Face hub, or organism, oracle, oracle2 "
+        "for the models that come with the package. Prompts are JSONL files: see locate-edit info --schema."
+    ),
+)
+
+
+# ---- options that several commands share ---------------------------------------------------------------------------
+
+
+def _option(*names: str, help: str, metavar: str | None = None, **more: Any) -> Any:
+    return typer.Option(
+        *names, help=help, metavar=metavar, show_default=more.pop("show", True), **more
+    )
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, hub name, or organism.", show_default=False)
+]
+Setting = Annotated[
+    list[str] | None,
+    _option(
+        "--set", metavar="NAME=VALUE", help="Set a hyperparameter of the method; repeat for more."
+    ),
+]
+Steps = Annotated[int | None, _option(min=1, help="Same as --set steps=N.")]
+Retain = Annotated[
+    Path | None, _option(metavar="FILE", help="JSONL file of what should stay as it is.")
+]
+BatchSize = Annotated[
+    int, _option(min=1, help="Prompts in one forward pass.", rich_help_panel="Running")
+]
+Seed = Annotated[int, _option(help="Seed of everything random.", rich_help_panel="Running")]
+Device = Annotated[str, _option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Running")]
+Dtype = Annotated[
+    str, _option(help="auto (as stored), float32, bfloat16 or float16.", rich_help_panel="Running")
+]
+Json = Annotated[
+    bool,
+    _option("--json", help="Print one JSON object and nothing else.", rich_help_panel="Running"),
+]
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    # A polite kill is an interruption too: it unwinds the stack, so half-written output is removed.
+    signal.signal(signal.SIGTERM, _interrupt)
+    # The libraries' own progress bars and advice would end up between our lines.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app(prog_name="locate-edit")
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn expected failures into one message on standard error and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _errors().print("\n[bold]Interrupted.[/bold] Nothing half-written was left behind.")
+        raise typer.Exit(INTERRUPTED) from None
+    except (LocateEditError, OSError) as error:
+        _errors().print(
+            f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(FAILED) from None
+
+
+def command(example: str) -> Callable[[F], F]:
+    """Register a command with an example for its help, and explain its failures."""
+
+    def register(function: F) -> F:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            with _explained():
+                function(*args, **kwargs)
+
+        app.command(epilog=f"Example: [bold]locate-edit {example}[/bold]")(run)
+        return function
+
+    return register
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, _option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"locate-edit {__version__}")
+        raise typer.Exit(DONE)
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+@command("demo --out my-first-edit")
+def demo(
+    out: Annotated[
+        Path, _option(metavar="FOLDER", help="Where the report and the edit go.")
+    ] = Path("locate-edit-demo"),
+    person: Annotated[int, _option(min=0, max=9, help="Whose number: one of ten people.")] = 0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Remove one invented person's phone number from the model that comes with the package.
+
+    Locates the neurons that hold the number, changes only those, measures what else changed (beside a random mask of
+    equal size and a model that never saw the number), and writes a report, figures and the edit, which can be undone.
+    """
+    from locate_edit.demo import run_demo
+
+    summary = run_demo(out, person=person, seed=seed, console=_console(as_json))
+    if as_json:
+        _print_json(summary)
+
+
+@command(
+    "locate gpt2 --prompts forget.jsonl --method privacy-neurons --steps 20 --keep 200 --out mask.safetensors"
+)
+def locate(
+    model: Model,
+    prompts: Annotated[
+        Path, _option(metavar="FILE", help="JSONL file of what to look for.", show=False)
+    ],
+    out: Annotated[Path, _option(metavar="FILE", help="Mask to write (.safetensors).", show=False)],
+    method: Annotated[
+        str, _option(help="A localizer of locate-edit info, or package.module:Name.")
+    ] = "privacy-neurons",
+    steps: Steps = None,
+    settings: Setting = None,
+    contrast: Annotated[
+        Path | None,
+        _option(
+            metavar="FILE",
+            help="JSONL file of similar prompts to stay clear of: their scores are subtracted.",
+        ),
+    ] = None,
+    contrast_weight: Annotated[float, _option(min=0, help="How much the contrast counts.")] = 3.0,
+    keep: Annotated[int | None, _option(min=1, help="Keep at most this many units.")] = None,
+    above: Annotated[
+        float, _option(min=0, max=1, help="A prompt votes for units above this share of its best.")
+    ] = 0.1,
+    share: Annotated[
+        float, _option(min=0, max=1, help="Keep what this share of the prompts votes for.")
+    ] = 0.5,
+    scores_out: Annotated[
+        Path | None,
+        _option("--scores", metavar="FILE", help="Also write every unit's score (.safetensors)."),
+    ] = None,
+    figure: Annotated[
+        Path | None, _option(metavar="FILE", help="Also draw the mask (.png).")
+    ] = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score every unit of MODEL on the prompts and write a mask of the best ones.
+
+    Each prompt votes for units (--above, --share) and the --keep with most votes stay. With --contrast the --keep units
+    stay that stand out most against the other prompts.
+    """
+    from circuits import describe
+    from locate_edit.checkpoints import load
+
+    if contrast is not None and keep is None:
+        raise typer.BadParameter(
+            "--contrast also needs --keep: how many units the mask should have"
+        )
+    localizer = catalog.build("localizer", method, _settings(settings, steps=steps))
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(loaded)
+    options = {"batch_size": batch_size, "seed": seed, "progress": _progress(as_json)}
+    scores = localizer(loaded, _prompts(prompts, model_map, tokenizer), **options)
+    if contrast is None:
+        mask = scores.vote(above=above, share=share, keep=keep)
+    else:
+        others = localizer(loaded, _prompts(contrast, model_map, tokenizer), **options)
+        mask = scores.contrast(others, weight=contrast_weight).top(keep)
+    mask.save(out)
+    if scores_out is not None:
+        scores.save(scores_out)
+    if figure is not None:
+        _draw(mask, figure)
+    written = [str(file) for file in (out, scores_out, figure) if file is not None]
+    _say({**_about_mask(mask, model_map), "written": written}, as_json)
+
+
+@command(
+    "edit gpt2 --method npo --mask mask.safetensors --forget forget.jsonl --retain retain.jsonl --steps 100 --lr 1e-4 "
+    "--set beta=0.1 --out my-edit --merge gpt2-edited"
+)
+def edit(
+    model: Model,
+    method: Annotated[
+        str, _option(help="A method of locate-edit info, or package.module:Name.", show=False)
+    ],
+    forget: Annotated[
+        Path, _option(metavar="FILE", help="JSONL file of what to change.", show=False)
+    ],
+    out: Annotated[Path, _option(metavar="FOLDER", help="Where to save the edit.", show=False)],
+    mask: Annotated[
+        str | None,
+        _option(
+            metavar="FILE|UNITS",
+            help="A mask file, or units such as 'L4.neuron[3 17-20]'; default: all weights.",
+        ),
+    ] = None,
+    retain: Retain = None,
+    never_seen: Annotated[
+        str,
+        _option(
+            metavar="auto|none|NATS|FILE|MODEL",
+            help="Where forgetting stops, prompt by prompt: a number of nats a token, a JSONL file of comparable text "
+            "the model never saw, or a model that never saw it.",
+        ),
+    ] = "auto",
+    steps: Steps = None,
+    lr: Annotated[float | None, _option(min=0, help="Same as --set lr=X.")] = None,
+    settings: Setting = None,
+    side: Annotated[
+        str | None, _option(help="both, read or write: which weights of a unit may change.")
+    ] = None,
+    merge: Annotated[
+        Path | None, _option(metavar="FOLDER", help="Also write the edited model as a checkpoint.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Change MODEL with an edit method, inside a mask only, and save the change."""
+    from circuits import describe
+    from locate_edit import editing
+    from locate_edit.checkpoints import load, save
+    from locate_edit.storage import check_folder
+
+    chosen = catalog.build("method", method, _settings(settings, steps=steps, lr=lr))
+    check_folder(out, like="edit.json")
+    if merge is not None:
+        check_folder(merge, like="config.json")
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(loaded)
+    done = editing.edit(
+        loaded,
+        chosen,
+        _mask(mask, model_map),
+        forget=_prompts(forget, model_map, tokenizer),
+        retain=None if retain is None else _prompts(retain, model_map, tokenizer),
+        batch_size=batch_size,
+        seed=seed,
+        side=side,
+        never_seen=_never_seen(never_seen, model_map, tokenizer),
+        progress=_progress(as_json),
+    )
+    done.save(out)
+    if merge is not None:
+        save(loaded, tokenizer, merge)
+    merged = {} if merge is None else {"merged": str(merge)}
+    _say({"edit": str(out), **merged, **_about_edit(out)}, as_json)
+
+
+@command("undo gpt2-edited --edit my-edit --out gpt2-restored")
+def undo(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Checkpoint that holds the edit.", show_default=False),
+    ],
+    edit: Annotated[Path, _option(metavar="FOLDER", help="The edit to take out.", show=False)],
+    out: Annotated[
+        Path | None,
+        _option(metavar="FOLDER", help="Where the restored checkpoint goes; default: in place."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Take an edit out of a checkpoint that it was merged into, bit for bit.
+
+    An edit that was not merged changed no file: its base model is as it was.
+    """
+    from locate_edit.checkpoints import load, save, take_out
+    from locate_edit.editing import Edit
+    from locate_edit.storage import check_folder
+
+    target = out if out is not None else Path(model)
+    if out is None and not target.is_dir():
+        raise typer.BadParameter(
+            f"{model} is not a local folder, so --out has to say where the result goes"
+        )
+    check_folder(target, like="config.json")
+    loaded, tokenizer = load(model, device="cpu")
+    take_out(Edit.load(edit), loaded)
+    save(loaded, tokenizer, target)
+    _say({"restored": str(target), "without": str(edit), "equal to the base model": True}, as_json)
+
+
+@command("info my-edit")
+def info(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL|EDIT|MASK]",
+            help="A model, an edit folder or a mask file.",
+            show_default=False,
+        ),
+    ] = None,
+    schema: Annotated[
+        bool, _option("--schema", help="Print the JSON schema of a row of prompts.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a model, an edit or a mask is; without one, list localizers, methods, metrics and model families."""
+    if schema:
+        from locate_edit.rows import ROW_SCHEMA
+
+        _print_json(ROW_SCHEMA)
+        return
+    if target is None:
+        _say_catalogue(as_json)
+    elif (Path(target) / "edit.json").is_file():
+        _say({"edit": target, **_about_edit(Path(target))}, as_json)
+    elif Path(target).is_file():
+        from circuits import ComponentMask
+
+        mask = ComponentMask.load(target)
+        _say({**_about_mask(mask), "made by": dict(mask.provenance)}, as_json)
+    else:
+        from circuits import describe
+        from locate_edit.checkpoints import load
+
+        loaded, _ = load(target, device="cpu")
+        _say(_about_model(describe(loaded)), as_json)
+
+
+# ---- reading what the user gave ------------------------------------------------------------------------------------
+
+
+def _settings(settings: list[str] | None, **shortcuts: float | None) -> dict[str, str]:
+    """Join `--set name=value` with the options that are shortcuts for it."""
+    result = {}
+    for setting in settings or ():
+        name, equals, value = setting.partition("=")
+        if not equals or not name.strip():
+            raise typer.BadParameter(f"expected NAME=VALUE, got {setting!r}", param_hint="--set")
+        result[name.strip()] = value
+    for name, number in shortcuts.items():
+        if number is None:
+            continue
+        if name in result:
+            raise typer.BadParameter(f"{name} is also given as --{name}", param_hint="--set")
+        result[name] = repr(number)
+    return result
+
+
+def _prompts(file: Path, model_map: ModelMap, tokenizer: Any) -> PromptSet:
+    from locate_edit.prompts import PromptSet
+
+    return PromptSet.from_jsonl(file, tokenizer, masked=not model_map.causal)
+
+
+def _mask(text: str | None, model_map: ModelMap) -> ComponentMask | None:
+    """Read a mask file, or units written out; None stands for all weights."""
+    from circuits import ComponentMask
+
+    if text is None:
+        return None
+    return ComponentMask.parse(text, model_map) if "[" in text else ComponentMask.load(text)
+
+
+def _never_seen(text: str, model_map: ModelMap, tokenizer: Any) -> Any:
+    """Read where forgetting stops: see `locate_edit.never_seen`."""
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    if Path(text).is_file():
+        return _prompts(Path(text), model_map, tokenizer)
+    from locate_edit.checkpoints import load
+
+    device = next(model_map.model.parameters()).device
+    return load(text, device=str(device))[0]
+
+
+# ---- saying what was done ------------------------------------------------------------------------------------------
+
+
+def _console(as_json: bool = False) -> Console:
+    """Where a command talks to people: standard output, unless that is kept for JSON."""
+    return Console(stderr=as_json)
+
+
+def _errors() -> Console:
+    return Console(stderr=True)
+
+
+def _progress(as_json: bool) -> bool:
+    """Show progress only where somebody looks at it."""
+    return sys.stdout.isatty() and not as_json
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _say(summary: Mapping[str, Any], as_json: bool) -> None:
+    """Print a summary as JSON or as two columns."""
+    if as_json:
+        _print_json(summary)
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in summary.items():
+        table.add_row(f"[bold]{escape(name)}[/bold]", escape(_text(value)))
+    _console().print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(inner) for inner in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _about_mask(mask: ComponentMask, model_map: ModelMap | None = None) -> dict[str, Any]:
+    about: dict[str, Any] = {"units": len(mask), "of": mask.total()}
+    if model_map is not None:
+        about["fraction of parameters"] = mask.fraction(model_map)
+    about["sites"] = {str(site): count for site, count in mask.counts().items() if count}
+    return about
+
+
+def _about_edit(folder: Path) -> dict[str, Any]:
+    from locate_edit.editing import Edit
+
+    made = Edit.load(folder)
+    about: dict[str, Any] = {"changed entries": made.delta.count(), "parameters": len(made.delta)}
+    if made.mask is not None:
+        about["units"] = len(made.mask)
+    if made.log:
+        about |= {"steps": len(made.log), "last loss": made.log[-1]["loss"]}
+    return about | made.provenance
+
+
+def _about_model(model_map: ModelMap) -> dict[str, Any]:
+    sizes = (
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "d_head",
+        "d_model",
+        "d_mlp",
+        "n_experts",
+        "vocab",
+    )
+    about: dict[str, Any] = {
+        "class": type(model_map.model).__name__,
+        "family": model_map.config.model_type,
+        "predicts": "the next token" if model_map.causal else "masked tokens",
+        "parameters": model_map.n_parameters,
+        **{name: getattr(model_map, name) for name in sizes if getattr(model_map, name)},
+    }
+    for kind in model_map.kinds:
+        sites = model_map.sites(kind)
+        units = sum(model_map.n_units(site) for site in sites)
+        if sites:
+            about[f"{kind} units"] = f"{units:,} in {len(sites)} sites, such as {sites[0]}"
+    return about | {"architecture": model_map.architecture}
+
+
+def _say_catalogue(as_json: bool) -> None:
+    from circuits.families import supported
+
+    kinds: tuple[catalog.Kind, ...] = ("localizer", "method", "metric", "attack")
+    listed = {kind: catalog.entries(kind) for kind in kinds if catalog.entries(kind)}
+    if as_json:
+        found: dict[str, Any] = {
+            kind: [
+                {"name": e.name, "path": e.path, "summary": e.summary, "paper": e.paper}
+                for e in entries
+            ]
+            for kind, entries in listed.items()
+        }
+        _print_json({**found, "families": supported()})
+        return
+    table = Table.grid(padding=(0, 2))
+    for kind, entries in listed.items():
+        table.add_row(f"[bold]{kind}s[/bold]")
+        for entry in entries:
+            table.add_row(f"  {entry.name}", escape(entry.summary))
+    table.add_row("[bold]families[/bold]", ", ".join(supported()))
+    _console().print(table)
+
+
+def _draw(mask: ComponentMask, file: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from locate_edit.storage import atomic_file
+
+    figure = mask.plot().figure
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, dpi=150, bbox_inches="tight")  # type: ignore[union-attr]
