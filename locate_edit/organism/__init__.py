@@ -54,7 +54,7 @@ __all__ = [
     "people",
     "prompts",
     "rows",
-    "world",
+    "shipped_world",
 ]
 
 MODELS = ("organism", "oracle", "oracle2")
@@ -96,7 +96,7 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 @cache
-def world() -> World:
+def shipped_world() -> World:
     """The world the shipped models were trained on, as it was stored beside them."""
     from locate_edit.organism.world import World
 
@@ -117,7 +117,7 @@ def rows(name: str, split: str = "train", form: str | None = None) -> list[dict[
     """
     from locate_edit.organism.splits import make_rows
 
-    return make_rows(world(), name, split, form)
+    return make_rows(shipped_world(), name, split, form)
 
 
 def prompts(name: str, split: str = "train", form: str | None = None) -> PromptSet:
@@ -132,14 +132,14 @@ def people(split: str = "train") -> list[Person]:
     """The people of a split (`splits.WHO`), with their attributes and secrets."""
     from locate_edit.organism.splits import people_of
 
-    return people_of(world(), split)
+    return people_of(shipped_world(), split)
 
 
 def describe_world() -> dict[str, Any]:
     """Counts of everything the world contains."""
     from locate_edit.organism.world import summary
 
-    return summary(world())
+    return summary(shipped_world())
 
 
 def card() -> dict[str, Any]:
