@@ -25,13 +25,20 @@ class Labelled(Protocol):
     """
 
     @property
-    def input_ids(self) -> Tensor: ...
+    def input_ids(self) -> Tensor:
+        """See the class."""
+
     @property
-    def attention_mask(self) -> Tensor: ...
+    def attention_mask(self) -> Tensor:
+        """See the class."""
+
     @property
-    def row(self) -> Tensor: ...
+    def row(self) -> Tensor:
+        """See the class."""
+
     @property
-    def pos(self) -> Tensor: ...
+    def pos(self) -> Tensor:
+        """See the class."""
 
 
 def output_projection(model: nn.Module) -> nn.Module:
@@ -82,6 +89,8 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 def model_inputs(model: nn.Module, batch: Labelled) -> dict[str, Any]:
     """Keyword arguments of a forward pass over ``batch`` without a key-value cache."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if getattr(getattr(model, "config", None), "use_cache", None) is not None:  # encoders have no such setting
+    if (
+        getattr(getattr(model, "config", None), "use_cache", None) is not None
+    ):  # encoders have no such setting
         inputs["use_cache"] = False
     return inputs

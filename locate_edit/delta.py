@@ -77,7 +77,9 @@ class Delta:
 
     def scaled(self, factor: float) -> Delta:
         """The delta whose difference is ``factor`` times this one's, over the same old values."""
-        return self._map(lambda change: change.old + (factor * change.difference()).to(change.old.dtype))
+        return self._map(
+            lambda change: change.old + (factor * change.difference()).to(change.old.dtype)
+        )
 
     def _map(self, new: Callable[[Change], Tensor]) -> Delta:
         return Delta({n: Change(c.selection, c.old, new(c).to(c.old.dtype)) for n, c in self})
@@ -93,7 +95,7 @@ class Delta:
             changes[name] = _sum(name, changes[name], change) if name in changes else change
         return Delta(changes)
 
-    # -- storage -----------------------------------------------------------------------------------------------------
+    # -- storage ----------------------------------------------------------------------------------
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:
         """Flat tensors for safetensors, and the JSON description that turns them back into a delta."""
@@ -101,7 +103,10 @@ class Delta:
         layout: dict[str, dict[str, object]] = {}
         for name, change in self:
             selection = change.selection
-            layout[name] = {"shape": list(selection.shape), "kind": type(selection).__name__.lower()}
+            layout[name] = {
+                "shape": list(selection.shape),
+                "kind": type(selection).__name__.lower(),
+            }
             match selection:
                 case Lines(dims=dims, index=index):
                     layout[name]["dims"] = list(dims)
@@ -114,7 +119,9 @@ class Delta:
         return {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, layout
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], layout: Mapping[str, Mapping[str, object]]) -> Delta:
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], layout: Mapping[str, Mapping[str, object]]
+    ) -> Delta:
         """Inverse of `tensors`.
 
         Raises:
@@ -125,7 +132,9 @@ class Delta:
             try:
                 changes[name] = _rebuild(name, about, tensors)
             except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as problem:
-                raise EditError(f"the edit file does not describe {name!r} consistently: {problem!r}") from problem
+                raise EditError(
+                    f"the edit file does not describe {name!r} consistently: {problem!r}"
+                ) from problem
         return cls(changes)
 
 
@@ -136,12 +145,16 @@ def _on(parameter: Tensor, change: Change, which: str) -> tuple[Selection, Tenso
 
 def _bits(values: Tensor) -> Tensor:
     """The raw bits, so that equality is exact for NaN and signed zero."""
-    return values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    return values.contiguous().view(
+        {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    )
 
 
 def _sum(name: str, a: Change, b: Change) -> Change:
     if a.selection.shape != b.selection.shape:
-        raise EditError(f"edits of different models cannot be added: {name} is {a.selection.shape} and {b.selection.shape}")
+        raise EditError(
+            f"edits of different models cannot be added: {name} is {a.selection.shape} and {b.selection.shape}"
+        )
     both = union([a.selection, b.selection])
     device, cpu = a.old.device, torch.device("cpu")
     in_a, in_b = a.selection.mask(), b.selection.mask()
@@ -151,12 +164,13 @@ def _sum(name: str, a: Change, b: Change) -> Change:
             f"cannot add edits with different starting values of {name}: both must come from the same base model; "
             "apply them one after the other instead"
         )
-    wide = torch.float64 if a.old.dtype == torch.float64 else torch.float32
-    total = (new_a.to(wide) - old_a.to(wide)) + new_b.to(wide)
+    total = (new_a.double() - old_a.double()) + new_b.double()
     new = torch.where(in_a & in_b, total.to(a.old.dtype), torch.where(in_a, new_a, new_b))
     old = torch.where(in_a, old_a, old_b)
     selection = both.to(cpu)
-    return Change(selection.to(device), selection.gather(old).to(device), selection.gather(new).to(device))
+    return Change(
+        selection.to(device), selection.gather(old).to(device), selection.gather(new).to(device)
+    )
 
 
 def _unpacked(change: Change) -> tuple[Tensor, Tensor]:
@@ -185,9 +199,13 @@ def _rebuild(name: str, about: Mapping[str, object], tensors: Mapping[str, Tenso
     else:
         raise ValueError(f"unknown selection {about['kind']!r}")
     if old.shape != new.shape or old.dtype != new.dtype or old.numel() != selection.count():
-        raise ValueError(f"expected {selection.count()} old and new values, got {old.numel()} and {new.numel()}")
+        raise ValueError(
+            f"expected {selection.count()} old and new values, got {old.numel()} and {new.numel()}"
+        )
     if not bool(torch.isfinite(new.float()).all()):
         raise ValueError("values are not finite")
     probe = torch.zeros(shape, dtype=torch.bool)
-    selection.scatter_(probe, torch.ones_like(old, dtype=torch.bool))  # indices in range, packed layout right
+    selection.scatter_(
+        probe, torch.ones_like(old, dtype=torch.bool)
+    )  # indices in range, packed layout right
     return Change(selection, old, new)

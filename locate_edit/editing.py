@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from circuits import ComponentMask, ModelMap, describe
+from circuits.model_map import KeyValues, Side
 from locate_edit.delta import Change, Delta
 from locate_edit.engine import Run, Settings, StopWhen
 from locate_edit.errors import EditError, PromptError
@@ -40,7 +41,8 @@ class Method(Protocol):
     ``side`` ("read", "write" or "both": which weights of a unit it changes unless the caller says otherwise).
     """
 
-    def __call__(self, run: Run) -> None: ...
+    def __call__(self, run: Run) -> None:
+        """Change the slices of ``run``."""
 
 
 def edit(
@@ -52,8 +54,8 @@ def edit(
     retain: PromptSet | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    side: str | None = None,
-    kv: str = "all",
+    side: Side | None = None,
+    kv: KeyValues = "all",
     never_seen: NeverSeen = "auto",
     stop: StopWhen | tuple[StopWhen, ...] = (),
     gradient_checkpointing: bool = False,
@@ -77,8 +79,9 @@ def edit(
         side: which weights of a unit change: "read", "write" or "both". Default: the method's own, usually "both".
         kv: whether key/value rows shared by a group of heads change when all its heads are selected ("all") or not
             ("never").
-        never_seen: where ascent-type methods stop, prompt by prompt: hold-out prompts, an oracle model, a number of nats a
-            token, "auto" (base rate of the other targets), or None for no such stop. See `locate_edit.never_seen`.
+        never_seen: where ascent-type methods stop, prompt by prompt: hold-out prompts, an oracle
+            model, a number of nats a token, "auto" (base rate of the other targets), or None for no
+            such stop. See `locate_edit.never_seen`.
         stop: further rules that end training early.
         gradient_checkpointing: trade a second forward of each block for the memory of its activations.
         reuse_prefix_bytes: memory for hidden states below the lowest edited block, kept between steps; 0 for none.
@@ -91,17 +94,22 @@ def edit(
     """
     model_map = describe(model)
     _check(model_map, method, forget, retain)
-    slots = slots_for(model_map, mask, side=side or getattr(method, "side", "both"), kv=kv)
+    wanted: Side = side if side is not None else getattr(method, "side", "both")
+    slots = slots_for(model_map, mask, side=wanted, kv=kv)
     if not slots and mask is not None and len(mask.units()):
         raise EditError(
-            f"the mask selects {len(mask.units())} units but nothing of them that {type(method).__name__} can change with "
-            f"side={side or getattr(method, 'side', 'both')!r}; try side='both'"
+            f"the mask selects {len(mask.units())} units but nothing of them that "
+            f"{type(method).__name__} can change with side={wanted!r}; try side='both'"
         )
     options = {"batch_size": batch_size, "seed": seed, "side": side, "kv": kv}
     made_on = fingerprint(model)
     steps = getattr(method, "steps", None)
     with ExitStack() as stack:
-        on_step = stack.enter_context(_progress_bar(type(method).__name__, steps)) if progress and steps else None
+        on_step = (
+            stack.enter_context(_progress_bar(type(method).__name__, steps))
+            if progress and steps
+            else None
+        )
         settings = Settings(
             batch_size=batch_size,
             seed=seed,
@@ -118,7 +126,7 @@ def edit(
                 if getattr(method, "ascends", False):
                     run.levels = levels(never_seen, model, forget, retain, batch_size)
                 if run.levels is not None:
-                    run.levels.keep_unknown(run.forget_nll())
+                    run.levels.start_from(run.forget_nll())
                 method(run)
         except BaseException as problem:
             run.restore()
@@ -129,7 +137,9 @@ def edit(
         "method": _describe_method(method),
         "options": options,
         "forget": {"name": forget.name, "prompts": len(forget), "digest": forget.digest},
-        "retain": None if retain is None else {"name": retain.name, "prompts": len(retain), "digest": retain.digest},
+        "retain": None
+        if retain is None
+        else {"name": retain.name, "prompts": len(retain), "digest": retain.digest},
         "model": {"class": type(model).__name__, "architecture": model_map.architecture},
         **run.notes,
     }
@@ -172,7 +182,11 @@ class Edit:
         again: Callable[[ComponentMask | None, int], Edit] | None = None,
     ) -> None:
         self.delta, self.mask, self.model = delta, mask, model
-        self.provenance, self.log, self.made_on = dict(provenance or {}), log or [], dict(made_on or {})
+        self.provenance, self.log, self.made_on = (
+            dict(provenance or {}),
+            log or [],
+            dict(made_on or {}),
+        )
         self.method, self.forget, self.retain, self._again = method, forget, retain, again
 
     def __repr__(self) -> str:
@@ -180,7 +194,7 @@ class Edit:
         state = "applied" if self.model is not None else "not applied"
         return f"Edit({method}: {self.delta.count():,} entries in {len(self.delta)} parameters, {state})"
 
-    # -- on and off --------------------------------------------------------------------------------------------------
+    # -- on and off -------------------------------------------------------------------------------
 
     def apply(self, model: nn.Module, *, strict: bool = True) -> Edit:
         """Write the new values into ``model`` and return this edit.
@@ -190,17 +204,26 @@ class Edit:
             strict: also refuse when parameters outside the edit differ; False stacks the edit on another one.
 
         Raises:
-            EditError: already applied, or the model is not the one it was made for (with what differs). Nothing changed.
+            EditError: already applied, or the model is not the one it was made for (with what
+            differs). Nothing changed.
         """
         if self.model is not None:
-            raise EditError("this edit is applied already; undo it first, or load it again for a second model")
-        if self.delta and (at := self.delta.mismatch(model, "old")) is not None:
-            reason = difference(self.made_on, fingerprint(model)) or f"the edited entries of {at} differ"
-            raise EditError(f"this edit was made for another base model: {reason}. Apply it to the model it was made on")
-        if strict and self.made_on and (reason := difference(self.made_on, fingerprint(model))) is not None:
             raise EditError(
-                f"this edit was made for another base model: {reason}. The edited entries themselves match; pass "
-                "strict=False to apply it on top of other changes"
+                "this edit is applied already; undo it first, or load it again for a second model"
+            )
+        if self.delta and (at := self.delta.mismatch(model, "old")) is not None:
+            reason = (
+                difference(self.made_on, fingerprint(model)) or f"the edited entries of {at} differ"
+            )
+            raise EditError(
+                f"this edit was made for another base model: {reason}. Apply it to the model it was "
+                "made on"
+            )
+        other = difference(self.made_on, fingerprint(model)) if strict and self.made_on else None
+        if other is not None:
+            raise EditError(
+                f"this edit was made for another base model: {other}. The edited entries themselves "
+                "match; pass strict=False to apply it on top of other changes"
             )
         self._write(model, "new")
         self.model = model
@@ -215,7 +238,8 @@ class Edit:
         model = self._applied()
         if (at := self.delta.mismatch(model, "new")) is not None:
             raise EditError(
-                f"cannot undo: {at} was changed after this edit was applied; undo the later edit first (last in, first out)"
+                f"cannot undo: {at} was changed after this edit was applied; undo the later edit first "
+                "(last in, first out)"
             )
         self._write(model, "old")
         self.model = None
@@ -247,7 +271,9 @@ class Edit:
             EditError: the edit was loaded from a folder, so its data and method are not at hand.
         """
         if self._again is None:
-            raise EditError("only an edit made in this process can be run again on another mask; call edit() instead")
+            raise EditError(
+                "only an edit made in this process can be run again on another mask; call edit() instead"
+            )
         with self.off():
             other = self._again(mask, self.provenance["options"]["seed"] if seed is None else seed)
             try:
@@ -264,13 +290,19 @@ class Edit:
     def _write(self, model: nn.Module, which: str) -> None:
         self.delta.write(model, which)
 
-    # -- arithmetic --------------------------------------------------------------------------------------------------
+    # -- arithmetic -------------------------------------------------------------------------------
 
     def __add__(self, other: Edit) -> Edit:
         """Both changes together, as a new edit that is not applied. Both must come from the same base model."""
         if (reason := difference(self.made_on, other.made_on)) is not None:
             raise EditError(f"cannot combine edits of different base models: {reason}")
-        both = self.mask if other.mask is None else other.mask if self.mask is None else self.mask | other.mask
+        both = (
+            self.mask
+            if other.mask is None
+            else other.mask
+            if self.mask is None
+            else self.mask | other.mask
+        )
         return self._combined(self.delta + other.delta, "sum", [self, other], both)
 
     def __neg__(self) -> Edit:
@@ -283,15 +315,19 @@ class Edit:
 
     def __mul__(self, factor: float) -> Edit:
         """This change scaled by ``factor``, not applied."""
-        return self._combined(self.delta.scaled(float(factor)), f"scaled by {factor:g}", [self], self.mask)
+        return self._combined(
+            self.delta.scaled(float(factor)), f"scaled by {factor:g}", [self], self.mask
+        )
 
     __rmul__ = __mul__
 
-    def _combined(self, delta: Delta, name: str, parts: list[Edit], mask: ComponentMask | None) -> Edit:
+    def _combined(
+        self, delta: Delta, name: str, parts: list[Edit], mask: ComponentMask | None
+    ) -> Edit:
         provenance = {"method": {"name": name}, "parts": [part.provenance for part in parts]}
         return Edit(delta, mask=mask, provenance=provenance, made_on=self.made_on)
 
-    # -- files -------------------------------------------------------------------------------------------------------
+    # -- files ------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> Path:
         """Write ``delta.safetensors``, ``edit.json`` and ``mask.safetensors`` into ``folder``, all or nothing.
@@ -309,7 +345,10 @@ class Edit:
                 "layout": layout,
                 "made_on": self.made_on,
                 "log": self.log,
-                "files": {file.name: _sha256(file.read_bytes()) for file in sorted(place.glob("*.safetensors"))},
+                "files": {
+                    file.name: _sha256(file.read_bytes())
+                    for file in sorted(place.glob("*.safetensors"))
+                },
             }
             about["digest"] = _digest(about)
             (place / "edit.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -329,17 +368,31 @@ class Edit:
             if not file.is_file():
                 raise EditError(f"{folder} is not a whole edit: {name} is missing")
             if _sha256(file.read_bytes()) != digest:
-                raise EditError(f"{file} is truncated or was changed: its checksum is not the one in edit.json")
+                raise EditError(
+                    f"{file} is truncated or was changed: its checksum is not the one in edit.json"
+                )
         if "delta.safetensors" not in about["files"]:
             raise EditError(f"{folder / 'edit.json'} names no delta.safetensors")
         try:
             with safe_open(folder / "delta.safetensors", framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as problem:
-            raise EditError(f"{folder / 'delta.safetensors'} cannot be read: {problem}") from problem
-        mask = ComponentMask.load(folder / "mask.safetensors") if "mask.safetensors" in about["files"] else None
+            raise EditError(
+                f"{folder / 'delta.safetensors'} cannot be read: {problem}"
+            ) from problem
+        mask = (
+            ComponentMask.load(folder / "mask.safetensors")
+            if "mask.safetensors" in about["files"]
+            else None
+        )
         delta = Delta.from_tensors(tensors, about["layout"])
-        return cls(delta, mask=mask, provenance=about["provenance"], log=about["log"], made_on=about["made_on"])
+        return cls(
+            delta,
+            mask=mask,
+            provenance=about["provenance"],
+            log=about["log"],
+            made_on=about["made_on"],
+        )
 
     def merge_to(self, folder: str | Path) -> Path:
         """Save the edited model as an ordinary checkpoint (``save_pretrained``), all or nothing."""
@@ -349,21 +402,26 @@ class Edit:
         return Path(folder)
 
     def to_peft(self, folder: str | Path) -> Path:
-        """Save the change as a PEFT LoRA adapter whose effect equals the edit's up to rounding. See `locate_edit.lora`."""
+        """Save the change as a PEFT LoRA adapter of the same effect, see `locate_edit.lora`."""
         from locate_edit.lora import save_lora
 
         return save_lora(self._applied(), self.delta, folder)
 
 
-# -- helpers -------------------------------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------
 
 
-def _check(model_map: ModelMap, method: Method, forget: PromptSet, retain: PromptSet | None) -> None:
+def _check(
+    model_map: ModelMap, method: Method, forget: PromptSet, retain: PromptSet | None
+) -> None:
     name = type(method).__name__
-    if not callable(method) or isinstance(method, type):
+    given: tuple[Any, ...] = (method, forget, retain)
+    if not callable(given[0]) or isinstance(given[0], type):
         raise EditError(f"method must be an object like NPO(steps=100, lr=1e-3), got {method!r}")
-    if not isinstance(forget, PromptSet) or not (retain is None or isinstance(retain, PromptSet)):
-        raise PromptError("forget and retain must be PromptSets: PromptSet(rows, tokenizer) makes one from a list")
+    if not isinstance(given[1], PromptSet) or not isinstance(given[2], PromptSet | None):
+        raise PromptError(
+            "forget and retain must be PromptSets: PromptSet(rows, tokenizer) makes one from a list"
+        )
     if getattr(method, "needs_retain", False) and retain is None:
         raise EditError(f"{name} needs retain prompts: pass edit(..., retain=PromptSet(...))")
     for role, prompts in (("forget", forget), ("retain", retain)):
@@ -372,13 +430,15 @@ def _check(model_map: ModelMap, method: Method, forget: PromptSet, retain: Promp
         if prompts.masked == model_map.causal:
             kind, made = ("causal", "masked") if model_map.causal else ("masked", "causal")
             raise PromptError(
-                f"{type(model_map.model).__name__} is a {kind} model, but the {role} prompts were made for a {made} one; "
+                f"{type(model_map.model).__name__} is a {kind} model, but the {role} prompts were made "
+                f"for a {made} one; "
                 f"pass PromptSet(..., masked={not model_map.causal})"
             )
         limit = getattr(model_map.config, "max_position_embeddings", None)
         if limit is not None and prompts.longest > limit:
             raise PromptError(
-                f"the longest of the {role} prompts has {prompts.longest} tokens, more than the model's context of {limit}; "
+                f"the longest of the {role} prompts has {prompts.longest} tokens, more than the model's "
+                f"context of {limit}; "
                 "pass PromptSet(..., max_length=...) or shorten it"
             )
 
@@ -402,34 +462,53 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _progress_bar(name: str, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(name, total=steps)
         yield lambda _record: bar.advance(task)
 
 
-def _again(model: nn.Module, method: Method, **options: Any) -> Callable[[ComponentMask | None, int], Edit]:
+def _again(
+    model: nn.Module, method: Method, **options: Any
+) -> Callable[[ComponentMask | None, int], Edit]:
     return lambda mask, seed: edit(model, method, mask, **{**options, "seed": seed})
 
 
-def _describe_method(method: Method) -> dict[str, Any]:
-    values = {f.name: _plain(getattr(method, f.name)) for f in fields(method)} if is_dataclass(method) else {}
-    return {"name": type(method).__name__, "module": type(method).__module__, **values}
+def _describe_method(method: Any) -> dict[str, Any]:
+    about: dict[str, Any] = {"name": type(method).__name__, "module": type(method).__module__}
+    if is_dataclass(method):
+        about |= {field.name: _plain(getattr(method, field.name)) for field in fields(method)}
+    return about
 
 
 def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    return value if isinstance(value, str | int | float | bool | list | tuple | dict | None) else repr(value)
+    if value is None or isinstance(value, str | int | float | bool | list | tuple | dict):
+        return value
+    return repr(value)
 
 
 def _memory_advice(problem: BaseException) -> str | None:
     text = str(problem)
     if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return (
-            "out of memory; the model was restored. Lower batch_size, shorten the prompts, pass gradient_checkpointing=True, "
+            "out of memory; the model was restored. Lower batch_size, shorten the prompts, pass "
+            "gradient_checkpointing=True, "
             "or lower reuse_prefix_bytes and reference_bytes"
         )
     return None
@@ -447,7 +526,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise EditError(f"{path}: expected an edit of format {FORMAT}, found {found!r}")
     digest = about.pop("digest", None)
     if digest != _digest(about):
-        raise EditError(f"{path} was changed after it was written: its digest does not fit its contents")
+        raise EditError(
+            f"{path} was changed after it was written: its digest does not fit its contents"
+        )
     return about
 
 

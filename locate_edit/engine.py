@@ -1,12 +1,14 @@
 """The one place that trains weights: packed slices of a frozen model.
 
-A `Run` is what an edit method receives. It offers forward passes over labelled positions (`score`), the unedited model
-(`base`, `reference`), and two ways to change weights: `fit`, which trains the packed slices on a loss, and `write`, which
-sets them. Everything outside the slices is never written, so it stays bit-identical by construction.
+A `Run` is what an edit method receives. It offers forward passes over labelled positions (`score`),
+the unedited model (`base`, `reference`), and two ways to change weights: `fit`, which trains the
+packed slices on a loss, and `write`, which sets them. Everything outside the slices is never
+written, so it stays bit-identical by construction.
 
-One step of `fit` costs, relative to a forward pass of the whole model, ``1 + (1 - start/n_layers) + f``: the forward, the
-input gradients above the lowest edited block ``start``, and the weight gradient of the edited fraction ``f`` of the
-parameters. Hidden states below ``start`` are kept when items come back, which saves ``start/n_layers`` of the forward too.
+One step of `fit` costs, relative to a forward pass of the whole model, ``1 + (1 - start/n_layers) +
+f``: the forward, the input gradients above the lowest edited block ``start``, and the weight
+gradient of the edited fraction ``f`` of the parameters. Hidden states below ``start`` are kept when
+items come back, which saves ``start/n_layers`` of the forward too.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from locate_edit.slots import Slot
 
 logger = logging.getLogger(__name__)
 
-CHECK_EVERY_ON_GPU = 16  # steps between looks at the loss on a GPU: a look waits for all queued work
+CHECK_EVERY_ON_GPU = (
+    16  # steps between looks at the loss on a GPU: a look waits for all queued work
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,11 @@ class StopWhen:
         """Why to stop after ``step``, or None."""
         if (step + 1) % self.every:
             return None
-        name = self.quantity if isinstance(self.quantity, str) else getattr(self.quantity, "__name__", "metric")
+        name = (
+            self.quantity
+            if isinstance(self.quantity, str)
+            else getattr(self.quantity, "__name__", "metric")
+        )
         if isinstance(self.quantity, str):
             if self.quantity not in record:
                 raise EditError(f"cannot stop on {name!r}: this method logs {sorted(record)}")
@@ -168,7 +176,7 @@ class Run:
         self._references: dict[int, list[Tensor]] = {}
         self._prefix = self._make_prefix()
 
-    # -- forward passes ----------------------------------------------------------------------------------------------
+    # -- forward passes ---------------------------------------------------------------------------
 
     def score(self, batch: Batch) -> Scored:
         """One forward pass over a CPU ``batch`` with the model as edited so far."""
@@ -189,7 +197,7 @@ class Run:
 
     @torch.no_grad()
     def reference(self, prompts: PromptSet, batch: Batch) -> Tensor:
-        """The base model's log-probability `label` of every label of ``batch`` (of ``prompts``), computed once a set."""
+        """The base model's log-probability `label` of ``batch`` of ``prompts``, computed once a set."""
         if id(prompts) not in self._references:
             with self.base():
                 self._references[id(prompts)] = self._per_item(prompts)
@@ -233,15 +241,22 @@ class Run:
         """Let a method bring its own rule to end training early."""
         self.settings = replace(self.settings, stop=(*self.settings.stop, rule))
 
-    # -- changing weights --------------------------------------------------------------------------------------------
+    # -- changing weights -------------------------------------------------------------------------
 
     def write(self, values: Callable[[Slot, Tensor], Tensor]) -> None:
         """Set every slot to ``values(slot, packed values now)``, a tensor of the packed shape."""
-        new = [values(slot, now).to(now.dtype) for slot, now in zip(self.slots, self._now, strict=True)]
+        new = [
+            values(slot, now).to(now.dtype) for slot, now in zip(self.slots, self._now, strict=True)
+        ]
         self._finish(new)
 
     def fit(
-        self, loss: Callable[[Step], dict[str, Tensor]], *, steps: int, lr: float, optim: Optim | None = None
+        self,
+        loss: Callable[[Step], dict[str, Tensor]],
+        *,
+        steps: int,
+        lr: float,
+        optim: Optim | None = None,
     ) -> None:
         """Train the packed slices on ``loss`` for at most ``steps`` optimizer steps.
 
@@ -277,16 +292,25 @@ class Run:
                 if optim.clip is not None:
                     record["grad_norm"] = nn.utils.clip_grad_norm_(leaves, optim.clip)
                 if base:
-                    torch._foreach_lerp_([leaf.data for leaf in leaves], base, rate * optim.weight_decay)
+                    torch._foreach_lerp_(
+                        [leaf.data for leaf in leaves], base, rate * optim.weight_decay
+                    )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                self._put([leaf.detach().to(old.dtype) for leaf, old in zip(leaves, self.old, strict=True)])
+                self._put(
+                    [
+                        leaf.detach().to(old.dtype)
+                        for leaf, old in zip(leaves, self.old, strict=True)
+                    ]
+                )
                 record |= {"step": index, "lr": rate, "cpu_seconds": time.process_time() - started}
                 self.log.append(record)
                 if self._done(index, record):
                     break
         self._check_finite(self.log)
-        self._finish([leaf.detach().to(old.dtype) for leaf, old in zip(leaves, self.old, strict=True)])
+        self._finish(
+            [leaf.detach().to(old.dtype) for leaf, old in zip(leaves, self.old, strict=True)]
+        )
         self.log[:] = [{k: _number(v) for k, v in record.items()} for record in self.log]
         if self.levels is not None:
             self.notes["never_seen"] = self.levels.summary(self.forget_nll())
@@ -306,7 +330,12 @@ class Run:
         )
 
     def _backward(
-        self, loss: Callable[[Step], dict[str, Tensor]], data: Iterator[Step], index: int, n: int, leaves: list[Tensor]
+        self,
+        loss: Callable[[Step], dict[str, Tensor]],
+        data: Iterator[Step],
+        index: int,
+        n: int,
+        leaves: list[Tensor],
     ) -> dict[str, Any]:
         """Gradients of ``n`` batches, averaged, into the leaves; returns the loss and its terms."""
         record: dict[str, Any] = {"loss": 0.0}
@@ -316,9 +345,10 @@ class Run:
             total = torch.stack(list(terms.values())).sum()
             if not total.requires_grad:
                 raise EditError(
-                    "the loss does not depend on anything the mask selects: choose units that the scored tokens pass through"
+                    "the loss does not depend on anything the mask selects: choose units that the scored "
+                    "tokens pass through"
                 )
-            (total / n).backward()  # type: ignore[no-untyped-call]
+            (total / n).backward()
             for name, term in {"loss": total, **terms}.items():
                 record[name] = record.get(name, 0.0) + term.detach() / n
         for leaf in leaves:
@@ -339,7 +369,9 @@ class Run:
                 return True
         if self.levels is not None and (index + 1) % self._steps_per_epoch() == 0:
             if self.levels.all_seen_there() and self.levels.all_there(self.forget_nll()):
-                self.notes["stopped"] = f"after step {index}: every forget prompt is at its never-seen level"
+                self.notes["stopped"] = (
+                    f"after step {index}: every forget prompt is at its never-seen level"
+                )
                 return True
         return False
 
@@ -356,7 +388,9 @@ class Run:
     def _finish(self, new: list[Tensor]) -> None:
         for slot, values in zip(self.slots, new, strict=True):
             if not bool(torch.isfinite(values.float()).all()):
-                raise EditError(f"new values of {slot.name} are not finite; the model was restored. Lower lr or clip")
+                raise EditError(
+                    f"new values of {slot.name} are not finite; the model was restored. Lower lr or clip"
+                )
         self._put(new)
 
     def _put(self, values: list[Tensor]) -> None:
@@ -366,12 +400,16 @@ class Run:
         if values is not self.old:
             self._now = values
 
-    # -- data --------------------------------------------------------------------------------------------------------
+    # -- data -------------------------------------------------------------------------------------
 
     def _steps(self) -> Iterator[Step]:
         """Endless batches, both sets in a fresh seeded order every epoch."""
         forget = _batches(self.forget, self.settings.batch_size, self.settings.seed)
-        retain = _batches(self.retain, self.settings.batch_size, self.settings.seed + 1) if self.retain else None
+        retain = (
+            _batches(self.retain, self.settings.batch_size, self.settings.seed + 1)
+            if self.retain
+            else None
+        )
         while True:
             yield Step(0, next(forget), next(retain) if retain is not None else None)
 
@@ -410,7 +448,7 @@ def _batches(prompts: PromptSet, size: int, seed: int) -> Iterator[Batch]:
 
 
 def _labels_per_item(batch: Batch) -> list[int]:
-    return torch.bincount(batch.item.cpu(), minlength=len(batch.items)).tolist()  # type: ignore[no-any-return]
+    return torch.bincount(batch.item.cpu(), minlength=len(batch.items)).tolist()
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -432,11 +470,11 @@ def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
 
     try:
         for layer in layers:
-            layer.forward = rerun(layer.forward)  # type: ignore[method-assign]
+            layer.forward = rerun(layer.forward)
         yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
             if forward is None:
                 del layer.__dict__["forward"]
             else:
-                layer.forward = forward  # type: ignore[method-assign]
+                layer.forward = forward

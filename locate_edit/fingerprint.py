@@ -15,8 +15,9 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Checksum of every parameter by name: dtype, shape, and a hash that any changed entry changes.
 
-    The hash covers the exact 64-bit sum of all entries' bit patterns (one pass at memory speed, the same on every device)
-    and 4096 evenly spaced entries in order. It recognises models; it is no protection against a forger.
+    The hash covers the exact 64-bit sum of all entries' bit patterns (one pass at memory speed, the
+    same on every device) and 4096 evenly spaced entries in order. It recognises models; it is no
+    protection against a forger.
     """
     return {name: _checksum(parameter.detach()) for name, parameter in model.named_parameters()}
 
@@ -26,7 +27,9 @@ def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | N
     if missing := [name for name in expected if name not in found]:
         return f"{len(missing)} parameters are missing, the first is {missing[0]}"
     if extra := [name for name in found if name not in expected]:
-        return f"{len(extra)} parameters are not in the model it was made for, the first is {extra[0]}"
+        return (
+            f"{len(extra)} parameters are not in the model it was made for, the first is {extra[0]}"
+        )
     changed = [name for name in expected if expected[name] != found[name]]
     if not changed:
         return None

@@ -25,8 +25,8 @@ from locate_edit.storage import atomic_folder
 def save_lora(model: nn.Module, delta: Delta, folder: str | Path) -> Path:
     """Write ``delta`` as a LoRA adapter for ``model`` without the edit.
 
-    Load it with ``peft.PeftModel.from_pretrained(base_model, folder)``. The outputs equal those of the edited model up to
-    rounding in the model's dtype.
+    Load it with ``peft.PeftModel.from_pretrained(base_model, folder)``. The outputs equal those of
+    the edited model up to rounding in the model's dtype.
 
     Raises:
         EditError: the edit touches something a LoRA adapter cannot hold (biases, norms, embeddings, scattered entries).
@@ -45,7 +45,10 @@ def save_lora(model: nn.Module, delta: Delta, folder: str | Path) -> Path:
                 "Restrict the edit with side='write', or save the whole model with merge_to()"
             )
         a, b = _factors(name, change, output_dim=1 if isinstance(module, Conv1D) else 0)
-        tensors[f"base_model.model.{path}.lora_A.weight"], tensors[f"base_model.model.{path}.lora_B.weight"] = a, b
+        (
+            tensors[f"base_model.model.{path}.lora_A.weight"],
+            tensors[f"base_model.model.{path}.lora_B.weight"],
+        ) = a, b
         ranks[path] = a.shape[0]
         if isinstance(module, Conv1D):
             transposed.add(path)
@@ -54,7 +57,8 @@ def save_lora(model: nn.Module, delta: Delta, folder: str | Path) -> Path:
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)
+        or None,
         "inference_mode": True,
         "r": max(ranks.values()),
         "lora_alpha": max(ranks.values()),
@@ -66,7 +70,9 @@ def save_lora(model: nn.Module, delta: Delta, folder: str | Path) -> Path:
         "alpha_pattern": ranks,  # alpha = rank: scaling 1
     }
     with atomic_folder(folder, like="adapter_config.json") as place:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, place / "adapter_model.safetensors")
+        save_file(
+            {k: t.contiguous() for k, t in tensors.items()}, place / "adapter_model.safetensors"
+        )
         (place / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return Path(folder)
 

@@ -1,14 +1,14 @@
 """Losses over labelled tokens, on float32 logits `label vocab` or log-probabilities `label`.
 
-Every function is differentiable and says how it averages. ``item`` (`label` int64) tells which prompt a label belongs to;
-``n`` is the number of prompts of the batch.
+Every function is differentiable and says how it averages. ``item`` (`label` int64) tells which
+prompt a label belongs to; ``n`` is the number of prompts of the batch.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 def per_item_sum(values: Tensor, item: Tensor, n: int) -> Tensor:
@@ -32,7 +32,8 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
 def npo(log_prob: Tensor, reference: Tensor, beta: float) -> Tensor:
     """Negative preference optimisation loss of each prompt: `item`, in nats.
 
-    ``2/beta * log(1 + (p / p_ref)^beta)`` of whole-target log-probabilities, i.e. ``-2/beta * log sigmoid(-beta * (log p
+    ``2/beta * log(1 + (p / p_ref)^beta)`` of whole-target log-probabilities, i.e. ``-2/beta * log
+    sigmoid(-beta * (log p
     - log p_ref))`` (Zhang et al. 2024, eq. 3). Its gradient is that of gradient ascent as beta goes to 0.
     """
     return -2.0 / beta * F.logsigmoid(-beta * (log_prob - reference))

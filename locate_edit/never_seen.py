@@ -1,14 +1,16 @@
 """The never-seen level: how well a model that never met a prompt would still do on it.
 
-Forgetting past this level is damage, and betrays that something was removed. Ascent-type methods therefore stop *per
-prompt* here. The level of a prompt is a mean negative log-likelihood in nats a token and comes from one of four sources:
+Forgetting past this level is damage, and betrays that something was removed. Ascent-type methods
+therefore stop *per prompt* here. The level of a prompt is a mean negative log-likelihood in nats a
+token and comes from one of four sources:
 
 - a hold-out `PromptSet` of comparable prompts the model never saw: its mean under the model before the edit;
 - an oracle model, retrained without the forget set: its value on each prompt;
 - a number;
-- ``"auto"``: the base rate of such answers. Every target is scored by the token frequencies of the *other* targets of the
-  forget and retain sets (Witten-Bell smoothing over the vocabulary), as by a model that knows what answers look like but
-  not this one. With no other targets it is ``log(vocab)``.
+- ``"auto"`` (a guess, for want of anything better): the base rate of such answers. Every target is
+  scored by the token frequencies of the *other* targets of the forget and retain sets (Witten-Bell
+  smoothing over the vocabulary), as by a model that knows what answers look like but not this one.
+  With no other targets it is ``log(vocab)``.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from locate_edit.errors import EditError
 from locate_edit.losses import per_item_mean
 from locate_edit.prompts import PromptSet
 
+BASE_RATE = "base rate of the other targets' tokens"
 NeverSeen = PromptSet | nn.Module | float | Literal["auto"] | None
 
 
@@ -34,10 +37,8 @@ NeverSeen = PromptSet | nn.Module | float | Literal["auto"] | None
 class Levels:
     """Never-seen level of every forget prompt and which of them have been seen there.
 
-    A prompt that is already beyond its level before the edit is to stay where it is: it is neither pushed nor taught.
-
     Attributes:
-        target: level `item`, nats a token.
+        target: level `item`, nats a token; infinite for prompts without a level, which are always pushed.
         source: where the levels come from, in words.
         margin: distance from the level, in nats a token, over which the push fades, and within which a prompt counts as
             there.
@@ -51,12 +52,19 @@ class Levels:
     def __post_init__(self) -> None:
         self._seen_there = torch.zeros_like(self.target, dtype=torch.bool)
 
-    def keep_unknown(self, nll: Tensor) -> None:
-        """Let prompts whose ``nll`` `item` before the edit is beyond their level stay there."""
-        self.target = torch.maximum(self.target, nll.to(self.target.dtype))
+    def start_from(self, nll: Tensor) -> None:
+        """Settle prompts whose ``nll`` `item` before the edit is already beyond their level.
+
+        A level that was measured or given stands: such a prompt is to stay where it is, neither pushed nor taught. The
+        base rate is only a guess that the prompt has just refuted, so there it goes without a level.
+        """
+        nll = nll.to(self.target.dtype)
+        unknown = nll > self.target
+        stay = torch.full_like(nll, math.inf) if self.source == BASE_RATE else nll
+        self.target = torch.where(unknown, stay, self.target)
 
     def push(self, items: Sequence[int], nll: Tensor) -> Tensor:
-        """Push `item` in [-1, 1] for prompts ``items`` with ``nll`` `item`: the distance to the level over the margin."""
+        """Push `item` in [-1, 1]: the distance of each ``nll`` to its level over the margin."""
         at = torch.as_tensor(items, device=self.target.device)
         gap = self.target[at] - nll.to(self.target.dtype)
         self._seen_there[at] = gap.abs() <= self.margin
@@ -72,20 +80,26 @@ class Levels:
 
     def summary(self, nll: Tensor) -> dict[str, Any]:
         """How many prompts reached their level, how many are beyond it, and the levels' mean (nats a token)."""
-        gap = nll - self.target
+        has_level = torch.isfinite(self.target)
+        gap = (nll - self.target)[has_level]
         return {
             "source": self.source,
             "prompts": len(self.target),
+            "without_level": int((~has_level).sum()),
             "reached": int((gap >= -self.margin).sum()),
             "beyond": int((gap > self.margin).sum()),
-            "level": float(self.target.mean()),
+            "level": float(self.target[has_level].mean()) if bool(has_level.any()) else None,
             "nll": float(nll.mean()),
             "margin": self.margin,
         }
 
 
 def levels(
-    source: NeverSeen, model: nn.Module, forget: PromptSet, retain: PromptSet | None, batch_size: int
+    source: NeverSeen,
+    model: nn.Module,
+    forget: PromptSet,
+    retain: PromptSet | None,
+    batch_size: int,
 ) -> Levels | None:
     """Levels of every forget prompt from ``source``, or None when ``source`` is None.
 
@@ -104,16 +118,23 @@ def levels(
     device = next(model.parameters()).device
     if isinstance(source, PromptSet):
         mean = float(mean_nll(model, source, batch_size).double().mean())
-        return Levels(torch.full((len(forget),), mean, device=device), f"mean of {len(source)} hold-out prompts")
+        return Levels(
+            torch.full((len(forget),), mean, device=device),
+            f"mean of {len(source)} hold-out prompts",
+        )
     if isinstance(source, nn.Module):
-        return Levels(mean_nll(source, forget, batch_size).to(device), "oracle model, prompt by prompt")
+        return Levels(
+            mean_nll(source, forget, batch_size).to(device), "oracle model, prompt by prompt"
+        )
     if isinstance(source, int | float) and not isinstance(source, bool):
         if not math.isfinite(source) or source < 0:
-            raise EditError(f"a never-seen level is a non-negative number of nats a token, got {source}")
+            raise EditError(
+                f"a never-seen level is a non-negative number of nats a token, got {source}"
+            )
         return Levels(torch.full((len(forget),), float(source), device=device), "given number")
     if isinstance(source, str) and source == "auto":
-        vocab = output_projection(model).weight.shape[0]  # type: ignore[union-attr]
-        return Levels(base_rate(forget, retain, vocab).to(device), "base rate of the other targets' tokens")
+        vocab = len(cast("Tensor", output_projection(model).weight))
+        return Levels(base_rate(forget, retain, vocab).to(device), BASE_RATE)
     raise EditError(
         "never_seen must be a hold-out PromptSet, an oracle model, a number, 'auto' or None, "
         f"got {source!r} ({type(source).__name__})"
@@ -128,7 +149,9 @@ def mean_nll(model: nn.Module, prompts: PromptSet, batch_size: int) -> Tensor:
     for batch in prompts.batches(batch_size):
         there = batch.to(device)
         log_prob = token_log_probs(labelled_logits(model, there), there.label)
-        found[list(batch.items)] = per_item_mean(-log_prob, there.item, len(batch.items), there.weight)
+        found[list(batch.items)] = per_item_mean(
+            -log_prob, there.item, len(batch.items), there.weight
+        )
     return found
 
 
@@ -147,7 +170,8 @@ def base_rate(forget: PromptSet, retain: PromptSet | None, vocab: int) -> Tensor
         others = pool - Counter(target)
         total, kinds = others.total(), len(others)
         probabilities = [
-            (others[token] + kinds / vocab) / (total + kinds) if total else 1.0 / vocab for token in target
+            (others[token] + kinds / vocab) / (total + kinds) if total else 1.0 / vocab
+            for token in target
         ]
         found.append(-sum(math.log(p) for p in probabilities) / len(target))
     return torch.tensor(found, dtype=torch.float32)

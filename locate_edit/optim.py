@@ -42,7 +42,9 @@ class Optim:
         if self.name not in ("adamw", "sgd"):
             raise EditError(f"unknown optimizer {self.name!r}: expected 'adamw' or 'sgd'")
         if self.schedule not in ("constant", "linear", "cosine"):
-            raise EditError(f"unknown schedule {self.schedule!r}: expected 'constant', 'linear' or 'cosine'")
+            raise EditError(
+                f"unknown schedule {self.schedule!r}: expected 'constant', 'linear' or 'cosine'"
+            )
         if self.accumulate < 1 or self.warmup < 0 or self.weight_decay < 0:
             raise EditError(
                 "accumulate must be at least 1, warmup and weight_decay at least 0; "

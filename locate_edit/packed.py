@@ -6,8 +6,8 @@ that own a touched parameter get a patched ``forward``: its result is the module
 - the gradient with respect to the input, as always, and only if something below needs it;
 - the gradient of the *selected* rows or columns, a thin matrix product that lands in the packed leaf tensor.
 
-A gradient of a parameter's full size exists only for scattered masks (`Entries`, `Dense`) and stacked expert weights; it
-is gathered at once and freed before the next module's.
+A gradient of a parameter's full size exists only for scattered masks (`Entries`, `Dense`) and
+stacked expert weights; it is gathered at once and freed before the next module's.
 """
 
 from __future__ import annotations
@@ -26,28 +26,35 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def packed_forward(model: nn.Module, slots: Sequence[Slot], packed: Sequence[Tensor]) -> Iterator[None]:
-    """Let forward passes of ``model`` send gradients into ``packed`` (one leaf tensor a slot) while the context is open.
+def packed_forward(
+    model: nn.Module, slots: Sequence[Slot], packed: Sequence[Tensor]
+) -> Iterator[None]:
+    """Let forward passes of ``model`` send gradients into ``packed`` (one leaf tensor a slot) while
+    the context is open.
 
     Every module's ``forward`` is restored on exit, also after an exception.
     """
-    by_parameter = {id(slot.parameter): (slot, leaf) for slot, leaf in zip(slots, packed, strict=True)}
+    by_parameter = {
+        id(slot.parameter): (slot, leaf) for slot, leaf in zip(slots, packed, strict=True)
+    }
     patched: list[tuple[nn.Module, Forward | None]] = []
     try:
         for module in model.modules():
             owned = {
-                name: by_parameter[id(p)] for name, p in module._parameters.items() if p is not None and id(p) in by_parameter
+                name: by_parameter[id(p)]
+                for name, p in module._parameters.items()
+                if p is not None and id(p) in by_parameter
             }
             if owned:
                 patched.append((module, module.__dict__.get("forward")))
-                module.forward = _patched(module, owned)  # type: ignore[method-assign]
+                module.forward = _patched(module, owned)
         yield
     finally:
         for module, before in patched:
             if before is None:
                 del module.__dict__["forward"]
             else:
-                module.forward = before  # type: ignore[method-assign]
+                module.forward = before
 
 
 def _patched(module: nn.Module, owned: dict[str, tuple[Slot, Tensor]]) -> Forward:
@@ -56,19 +63,23 @@ def _patched(module: nn.Module, owned: dict[str, tuple[Slot, Tensor]]) -> Forwar
         return _affine_forward(module, owned)
     if isinstance(module, nn.Embedding) and set(owned) == {"weight"}:
         slot, leaf = owned["weight"]
-        if isinstance(slot.selection, Lines) and slot.selection.dims in ((), (0,)) and module.max_norm is None:
+        if (
+            isinstance(slot.selection, Lines)
+            and slot.selection.dims in ((), (0,))
+            and module.max_norm is None
+        ):
             return _embedding_forward(module, slot.selection, leaf)
     return _shadowed_forward(module, owned)
 
 
-# -- linear maps: rows and columns ---------------------------------------------------------------------------------------
+# -- linear maps: rows and columns ----------------------------------------------------------------
 
 
 class _Affine(torch.autograd.Function):
     """A linear module's own forward, and the gradients of its input, selected weight entries and selected biases."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight_leaf: Tensor | None,
@@ -87,29 +98,37 @@ class _Affine(torch.autograd.Function):
         if weight_selection is not None:
             kept = x
             if isinstance(weight_selection, Lines) and weight_selection.dims == (input_dim,):
-                kept = x.index_select(-1, weight_selection.index[0])  # only the selected inputs matter
+                kept = x.index_select(
+                    -1, weight_selection.index[0]
+                )  # only the selected inputs matter
         ctx.save_for_backward(kept)
         y: Tensor = forward(x)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (kept,) = ctx.saved_tensors
         weight, input_dim = ctx.weight, ctx.input_dim
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ (weight if input_dim == 1 else weight.t()).to(grad.dtype)).to(ctx.x_dtype)
+            grad_x = (grad @ (weight if input_dim == 1 else weight.t()).to(grad.dtype)).to(
+                ctx.x_dtype
+            )
         if ctx.needs_input_grad[1]:
             inputs = kept.reshape(-1, kept.shape[-1]).to(grad.dtype)
-            grad_weight = _weight_gradient(inputs, flat, ctx.weight_selection, input_dim).to(ctx.leaf_dtypes[0])
+            grad_weight = _weight_gradient(inputs, flat, ctx.weight_selection, input_dim).to(
+                ctx.leaf_dtypes[0]
+            )
         if ctx.needs_input_grad[2]:
             grad_bias = ctx.bias_selection.gather(flat.sum(0, dtype=ctx.leaf_dtypes[1]))
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _weight_gradient(inputs: Tensor, outputs: Tensor, selection: Selection, input_dim: int) -> Tensor:
-    """Packed gradient of a weight from its (already column-selected) inputs and output gradients, `row feature` each."""
+def _weight_gradient(
+    inputs: Tensor, outputs: Tensor, selection: Selection, input_dim: int
+) -> Tensor:
+    """Packed gradient of a weight from its inputs (selected already, where they are) and output gradients."""
     if isinstance(selection, Lines) and len(selection.dims) <= 1:
         if selection.dims == (1 - input_dim,):
             outputs = outputs.index_select(1, selection.index[0])
@@ -125,7 +144,7 @@ def _affine_forward(module: nn.Linear | Conv1D, owned: dict[str, tuple[Slot, Ten
     input_dim = 0 if isinstance(module, Conv1D) else 1
 
     def patched(x: Tensor) -> Tensor:
-        y: Tensor = _Affine.apply(  # type: ignore[no-untyped-call]
+        y: Tensor = _Affine.apply(
             x, weight_leaf, bias_leaf, forward, weight, input_dim, weight_selection, bias_selection
         )
         return y
@@ -133,14 +152,14 @@ def _affine_forward(module: nn.Linear | Conv1D, owned: dict[str, tuple[Slot, Ten
     return patched
 
 
-# -- embeddings: vocabulary rows -------------------------------------------------------------------------------------
+# -- embeddings: vocabulary rows ------------------------------------------------------------------
 
 
 class _Lookup(torch.autograd.Function):
     """An embedding's own forward, and the gradient of its selected rows."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, ids: Tensor, leaf: Tensor, forward: Forward, place: Tensor | None
     ) -> Tensor:
         """``place`` is `vocab`: the packed row of every token, or the number of packed rows for tokens left out."""
@@ -150,11 +169,13 @@ class _Lookup(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
         rows = ids if ctx.place is None else ctx.place[ids]
         n_rows, width = ctx.shape
-        total = torch.zeros(n_rows + 1, width, dtype=ctx.dtype, device=grad.device)  # the last row takes the rest
+        total = torch.zeros(
+            n_rows + 1, width, dtype=ctx.dtype, device=grad.device
+        )  # the last row takes the rest
         total.index_add_(0, rows.reshape(-1), grad.reshape(-1, width).to(ctx.dtype))
         return None, total[:n_rows], None, None
 
@@ -169,7 +190,7 @@ def _embedding_forward(module: nn.Embedding, selection: Lines, leaf: Tensor) -> 
     padding = module.padding_idx  # its row never receives a gradient in torch either
 
     def patched(ids: Tensor) -> Tensor:
-        y: Tensor = _Lookup.apply(ids, leaf, forward, place)  # type: ignore[no-untyped-call]
+        y: Tensor = _Lookup.apply(ids, leaf, forward, place)
         if padding is not None:
             y = torch.where((ids == padding)[..., None], y.detach(), y)
         return y
@@ -177,19 +198,19 @@ def _embedding_forward(module: nn.Embedding, selection: Lines, leaf: Tensor) -> 
     return patched
 
 
-# -- anything else: norms, stacked experts, routers ------------------------------------------------------------------
+# -- anything else: norms, stacked experts, routers -----------------------------------------------
 
 
 class _Shadow(torch.autograd.Function):
     """A frozen parameter as a graph node: its value now, its gathered gradient later."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, parameter: Tensor, selection: Selection) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, leaf: Tensor, parameter: Tensor, selection: Selection) -> Tensor:
         ctx.selection, ctx.dtype = selection, leaf.dtype
         return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.selection.gather(grad).to(ctx.dtype), None, None
 
 
@@ -199,7 +220,7 @@ def _shadowed_forward(module: nn.Module, owned: dict[str, tuple[Slot, Tensor]]) 
     def patched(*args: Any, **kwargs: Any) -> Any:
         # An instance attribute is found before the registered parameter, so the module's own code sees the graph node.
         for name, (slot, leaf) in owned.items():
-            module.__dict__[name] = _Shadow.apply(leaf, slot.parameter.detach(), slot.selection)  # type: ignore[no-untyped-call]
+            module.__dict__[name] = _Shadow.apply(leaf, slot.parameter.detach(), slot.selection)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -209,7 +230,9 @@ def _shadowed_forward(module: nn.Module, owned: dict[str, tuple[Slot, Tensor]]) 
     return patched
 
 
-def _part(owned: dict[str, tuple[Slot, Tensor]], name: str) -> tuple[Selection | None, Tensor | None]:
+def _part(
+    owned: dict[str, tuple[Slot, Tensor]], name: str
+) -> tuple[Selection | None, Tensor | None]:
     if name not in owned:
         return None, None
     slot, leaf = owned[name]

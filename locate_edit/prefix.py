@@ -34,11 +34,15 @@ class PrefixCache:
         max_bytes: rows are kept until this much memory is used; further rows are computed anew each time.
     """
 
-    def __init__(self, model: nn.Module, layers: list[nn.Module], start: int, max_bytes: int) -> None:
+    def __init__(
+        self, model: nn.Module, layers: list[nn.Module], start: int, max_bytes: int
+    ) -> None:
         self.model, self.layers, self.start = model, layers, start
         self.free_bytes = max_bytes
         self._kept: dict[bytes, Tensor] = {}
-        self._tuple_lengths: dict[int, int] = {}  # blocks that return (hidden, None, ...) and how many values
+        self._tuple_lengths: dict[
+            int, int
+        ] = {}  # blocks that return (hidden, None, ...) and how many values
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states `row token d_model` entering the first running block for a CPU ``batch``."""
@@ -48,7 +52,11 @@ class PrefixCache:
         fresh: dict[int, Tensor] = {}
         if missing:
             device = next(self.model.parameters()).device
-            part = replace(batch, input_ids=batch.input_ids[missing], attention_mask=batch.attention_mask[missing])
+            part = replace(
+                batch,
+                input_ids=batch.input_ids[missing],
+                attention_mask=batch.attention_mask[missing],
+            )
             computed = self._compute(part.to(device))
             for place, i in enumerate(missing):
                 row = computed[place, : lengths[i]].clone()
@@ -67,7 +75,9 @@ class PrefixCache:
     def supply(self, hidden: Tensor) -> Iterator[None]:
         """Forward passes in this context start at the first running block, from ``hidden``."""
 
-        def hand_over(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def hand_over(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, Any]:
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
@@ -77,7 +87,7 @@ class PrefixCache:
         handle = self.layers[self.start].register_forward_pre_hook(hand_over, with_kwargs=True)
         try:
             for i, layer in enumerate(skipped):
-                layer.forward = self._skip(i)  # type: ignore[method-assign]
+                layer.forward = self._skip(i)
             yield
         finally:
             handle.remove()
@@ -85,7 +95,7 @@ class PrefixCache:
                 if forward is None:
                     del layer.__dict__["forward"]
                 else:
-                    layer.forward = forward  # type: ignore[method-assign]
+                    layer.forward = forward
 
     def _skip(self, i: int) -> Callable[..., Any]:
         """A forward that returns its hidden states unchanged, in the form block ``i`` returns them."""
@@ -113,7 +123,10 @@ class PrefixCache:
             return hook
 
         handles = [self.layers[self.start].register_forward_pre_hook(stop, with_kwargs=True)]
-        handles += [layer.register_forward_hook(note(i)) for i, layer in enumerate(self.layers[: self.start])]
+        handles += [
+            layer.register_forward_hook(note(i))
+            for i, layer in enumerate(self.layers[: self.start])
+        ]
         try:
             self.model(**model_inputs(self.model, batch))
         except _Reached:
@@ -121,4 +134,6 @@ class PrefixCache:
         finally:
             for handle in handles:
                 handle.remove()
-        raise RuntimeError("the model finished without running its blocks")  # unreachable for described models
+        raise RuntimeError(
+            "the model finished without running its blocks"
+        )  # unreachable for described models

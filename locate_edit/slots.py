@@ -3,8 +3,9 @@
 A *slot* is one parameter together with a `Selection` of its entries. The selected entries are handled as one packed
 tensor: gathered from the parameter, trained, and scattered back. Three shapes of selection cover every mask:
 
-- `Lines`: whole rows or columns (or expert slices) addressed by indices along some dimensions. Neurons, heads, vocabulary
-  rows and whole modules are lines, so their gradients are thin matrix products.
+- `Lines`: whole rows or columns (or expert slices) addressed by indices along some dimensions.
+  Neurons, heads, vocabulary rows and whole modules are lines, so their gradients are thin matrix
+  products.
 - `Entries`: scattered single entries addressed by flat index, for sparse masks.
 - `Dense`: scattered entries addressed by a boolean tensor, for masks that keep more than one entry in eight, where a
   boolean costs less memory than 64-bit indices.
@@ -16,35 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from circuits import ComponentMask, MaskError, ModelMap
+from circuits.model_map import KeyValues, Side
 
 ENTRY_BYTES, FLAG_BYTES = 8, 1  # an int64 index against a boolean
-
-
-class Selection(Protocol):
-    """Some entries of a parameter, in a fixed order."""
-
-    shape: tuple[int, ...]
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The selected entries of ``tensor`` as a new packed tensor."""
-
-    def scatter_(self, tensor: Tensor, packed: Tensor) -> None:
-        """Write ``packed`` into the selected entries of ``tensor``, in place."""
-
-    def mask(self) -> Tensor:
-        """The selection as a boolean tensor of the parameter's shape (on the CPU)."""
-
-    def to(self, device: torch.device) -> Selection:
-        """The same selection with its indices on ``device``."""
-
-    def count(self) -> int:
-        """Number of selected entries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +42,7 @@ class Lines:
     index: Tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
+        """The selected entries of ``tensor`` as a new packed tensor."""
         if not self.dims:
             return tensor.clone()
         if len(self.dims) == 1:
@@ -68,6 +50,7 @@ class Lines:
         return tensor[self._key()]
 
     def scatter_(self, tensor: Tensor, packed: Tensor) -> None:
+        """Write ``packed`` into the selected entries of ``tensor``, in place."""
         if not self.dims:
             tensor.copy_(packed)
         elif len(self.dims) == 1:
@@ -76,6 +59,7 @@ class Lines:
             tensor[self._key()] = packed
 
     def mask(self) -> Tensor:
+        """The selection as a boolean tensor of the parameter's shape, on the CPU."""
         flags = torch.zeros(self.shape, dtype=torch.bool)
         if not self.dims:
             return ~flags
@@ -83,9 +67,11 @@ class Lines:
         return flags
 
     def to(self, device: torch.device) -> Lines:
+        """The same selection with its tensor on ``device``."""
         return Lines(self.shape, self.dims, self.index.to(device))
 
     def count(self) -> int:
+        """Number of selected entries."""
         lines = self.index.shape[1] if self.dims else 1
         rest = [n for dim, n in enumerate(self.shape) if dim not in self.dims]
         return lines * int(torch.tensor(rest).prod()) if rest else lines
@@ -103,20 +89,25 @@ class Entries:
     index: Tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
+        """The selected entries of ``tensor`` as a new packed tensor."""
         return tensor.reshape(-1).index_select(0, self.index)
 
     def scatter_(self, tensor: Tensor, packed: Tensor) -> None:
+        """Write ``packed`` into the selected entries of ``tensor``, in place."""
         tensor.view(-1).index_copy_(0, self.index, packed)
 
     def mask(self) -> Tensor:
+        """The selection as a boolean tensor of the parameter's shape, on the CPU."""
         flags = torch.zeros(self.shape, dtype=torch.bool)
         flags.view(-1)[self.index.cpu()] = True
         return flags
 
     def to(self, device: torch.device) -> Entries:
+        """The same selection with its tensor on ``device``."""
         return Entries(self.shape, self.index.to(device))
 
     def count(self) -> int:
+        """Number of selected entries."""
         return len(self.index)
 
 
@@ -129,19 +120,27 @@ class Dense:
     n: int
 
     def gather(self, tensor: Tensor) -> Tensor:
+        """The selected entries of ``tensor`` as a new packed tensor."""
         return tensor.masked_select(self.flags)
 
     def scatter_(self, tensor: Tensor, packed: Tensor) -> None:
+        """Write ``packed`` into the selected entries of ``tensor``, in place."""
         tensor.masked_scatter_(self.flags, packed)
 
     def mask(self) -> Tensor:
+        """The selection as a boolean tensor of the parameter's shape, on the CPU."""
         return self.flags.cpu()
 
     def to(self, device: torch.device) -> Dense:
+        """The same selection with its tensor on ``device``."""
         return Dense(self.shape, self.flags.to(device), self.n)
 
     def count(self) -> int:
+        """Number of selected entries."""
         return self.n
+
+
+Selection: TypeAlias = Lines | Entries | Dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +156,8 @@ def slots_for(
     model_map: ModelMap,
     mask: ComponentMask | None,
     *,
-    side: str = "both",
-    kv: str = "all",
+    side: Side = "both",
+    kv: KeyValues = "all",
 ) -> list[Slot]:
     """The slots of ``mask`` on a model, one a touched parameter, in the model's parameter order.
 
@@ -245,11 +244,15 @@ def _select(parameter: Tensor, view: Tensor, units: Tensor) -> Selection:
     its rows and columns in the stored tensor follow from its strides and offset without touching a weight.
     """
     if not parameter.is_contiguous():
-        raise MaskError("a parameter with a non-contiguous layout cannot be edited; call .contiguous() on it first")
+        raise MaskError(
+            "a parameter with a non-contiguous layout cannot be edited; call .contiguous() on it first"
+        )
     units = units.cpu()
     shape = tuple(parameter.shape)
-    offset = view.storage_offset() - parameter.storage_offset()
-    steps = [_step(shape, size, stride) for size, stride in zip(view.shape, view.stride(), strict=True)]
+    offset = int(view.storage_offset()) - int(parameter.storage_offset())
+    steps = [
+        _step(shape, size, stride) for size, stride in zip(view.shape, view.stride(), strict=True)
+    ]
     start = _coordinates(shape, offset)
     n_unit_axes = units.dim()
     chosen = units.nonzero()  # `unit axis`
@@ -257,7 +260,10 @@ def _select(parameter: Tensor, view: Tensor, units: Tensor) -> Selection:
     for axis in range(n_unit_axes):
         dim, step = steps[axis]
         if view.shape[axis] > 1:
-            by_unit[dim] = by_unit.get(dim, torch.zeros(len(chosen), dtype=torch.int64)) + chosen[:, axis] * step
+            by_unit[dim] = (
+                by_unit.get(dim, torch.zeros(len(chosen), dtype=torch.int64))
+                + chosen[:, axis] * step
+            )
     by_rest: dict[int, Tensor] = {}
     for axis in range(n_unit_axes, view.dim()):
         dim, step = steps[axis]

@@ -16,7 +16,9 @@ def check_retain_term(kind: str) -> None:
         EditError: ``kind`` is neither "ce" nor "kl".
     """
     if kind not in ("ce", "kl"):
-        raise EditError(f"retain must be 'ce' (cross-entropy) or 'kl' (to the base model), got {kind!r}")
+        raise EditError(
+            f"retain must be 'ce' (cross-entropy) or 'kl' (to the base model), got {kind!r}"
+        )
 
 
 def retain_term(run: Run, step: Step, kind: str) -> Tensor:

@@ -16,8 +16,9 @@ from locate_edit.optim import Optim
 class FineTune:
     """Teach the model the targets of the prompts it is given as ``forget``, by ordinary cross-entropy.
 
-    To overwrite a fact, give its prompts new targets. With an empty or absent retain set and a full mask this is ordinary
-    fine-tuning (weight decay aside, which pulls towards the base). A strong baseline for knowledge editing.
+    To overwrite a fact, give its prompts new targets. With an empty or absent retain set and a full
+    mask this is ordinary fine-tuning (weight decay aside, which pulls towards the base). A strong
+    baseline for knowledge editing.
 
     Loss: mean token cross-entropy ``+ alpha * R`` with the retain term of `GradientDifference`.
 

@@ -6,8 +6,9 @@ Paper: Jang et al. 2023, Knowledge Unlearning for Mitigating Privacy Risks in La
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -20,9 +21,10 @@ from locate_edit.optim import Optim
 class GradientAscent:
     """Raise the loss of the forget prompts until each is as unlikely as text the model never saw.
 
-    Loss: ``-mean over prompts of w * NLL`` with the mean token negative log-likelihood of each prompt and ``w`` in [-1, 1]
-    from the prompt's distance to its never-seen level (1 far below, 0 at the level; always 1 with ``never_seen=None``).
-    The paper averages over tokens; the two agree for prompts of equal length.
+    Loss: ``-mean over prompts of w * NLL`` with the mean token negative log-likelihood of each
+    prompt and ``w`` in [-1, 1] from the prompt's distance to its never-seen level (1 far below, 0
+    at the level; always 1 with ``never_seen=None``). The paper averages over tokens; the two agree
+    for prompts of equal length.
 
     Cost a step: one forward and one backward through the edited blocks. No retain term: expect damage outside the
     forget set; prefer `GradientDifference` or `NPO` when retain prompts are at hand.
@@ -71,17 +73,22 @@ class GradientAscent:
 
         run.fit(loss, steps=self.steps, lr=self.lr, optim=self.optim)
 
-    def _excess(self, run: Run) -> Any:
-        """How far the larger of the two means is above its threshold (0 when both are met)."""
-        from locate_edit.metrics.memorization import el_n, exact_memorization
+    def _excess(self, run: Run) -> Callable[[nn.Module], float]:
+        """How far the mean that is worse off is above its threshold (0 when both are met)."""
+        from locate_edit.metrics.memorization import exact_memorization, extraction_likelihood
         from locate_edit.metrics.predictions import Predictions
 
-        assert self.thresholds is not None
-        most_ma, most_el = self.thresholds
+        most = self.thresholds or (0.0, 0.0)
 
         def above_unseen_text(model: nn.Module) -> float:
             seen = Predictions(model, run.forget, batch_size=run.settings.batch_size)
-            ma, el = exact_memorization(seen).mean, el_n(seen, n=self.n).mean
-            return max(0.0, ma - most_ma, el - most_el)
+            found = exact_memorization(seen), extraction_likelihood(seen, n=self.n)
+            for values in found:
+                if values.estimate is None:
+                    raise EditError(
+                        f"rule='forgotten' cannot be used on these prompts: {values.name} {values.withheld}; "
+                        "use longer targets, a smaller n, or rule='level'"
+                    )
+            return max(0.0, *((v.estimate or 0.0) - m for v, m in zip(found, most, strict=True)))
 
         return above_unseen_text

@@ -51,7 +51,9 @@ class NPO:
     def __post_init__(self) -> None:
         check_retain_term(self.retain)
         if self.beta <= 0:
-            raise EditError(f"beta must be positive, got {self.beta}; use GradientAscent for the limit beta = 0")
+            raise EditError(
+                f"beta must be positive, got {self.beta}; use GradientAscent for the limit beta = 0"
+            )
 
     def __call__(self, run: Run) -> None:
         """Train the slices of ``run``."""
@@ -61,7 +63,9 @@ class NPO:
             scored = run.score(step.forget)
             base = per_item_sum(reference * scored.batch.weight, scored.batch.item, scored.n)
             push = run.towards_level(step.forget, scored.nll())
-            terms = {"forget": self.gamma * (push * npo(scored.total_log_prob(), base, self.beta)).mean()}
+            terms = {
+                "forget": self.gamma * (push * npo(scored.total_log_prob(), base, self.beta)).mean()
+            }
             if step.retain is not None and self.alpha:
                 terms["retain"] = self.alpha * retain_term(run, step, self.retain)
             return terms

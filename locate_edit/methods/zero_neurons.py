@@ -6,6 +6,7 @@ section 3.3: the located neurons are set to zero by zeroing what they write.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,9 @@ from locate_edit.errors import EditError
 from locate_edit.prompts import PromptSet
 from locate_edit.slots import Lines, Slot
 
-GRID = torch.linspace(-4.0, 4.0, 65)  # biases among which the activation function's minimum is bracketed
+GRID = torch.linspace(
+    -4.0, 4.0, 65
+)  # biases among which the activation function's minimum is bracketed
 HALVINGS = 40
 
 
@@ -29,7 +32,7 @@ class ZeroNeurons:
     "zero" and "scale" multiply the write side of each unit (down-projection columns of a neuron, output columns of a
     head, everything of a whole module) by 0 or ``factor``; the unit is off at every position, as in the paper.
 
-    "mean" makes a neuron constant at its mean activation over the retain prompts (or the forget prompts without any): its
+    "mean" makes a neuron constant at its mean activation over the retain prompts (the forget prompts without any): its
     input row becomes zero and its bias the value that the activation function maps to the mean. That is exact and stays
     inside the mask, but needs a bias before the activation function, which gated MLPs lack.
 
@@ -65,7 +68,9 @@ class ZeroNeurons:
 
 def _make_constant(run: Run) -> None:
     biases = [slot for slot in run.slots if slot.parameter.dim() == 1]
-    weights = {run.model_map.lowest_layer(slot.name) for slot in run.slots if slot.parameter.dim() > 1}
+    weights = {
+        run.model_map.lowest_layer(slot.name) for slot in run.slots if slot.parameter.dim() > 1
+    }
     layers = [run.model_map.lowest_layer(slot.name) for slot in biases]
     if set(layers) != weights or len(layers) != len(weights):
         raise EditError(
@@ -83,7 +88,11 @@ def _make_constant(run: Run) -> None:
 def _neurons(slot: Slot) -> Tensor:
     selection = slot.selection
     assert isinstance(selection, Lines)
-    return selection.index[0] if selection.dims else torch.arange(slot.parameter.numel(), device=slot.parameter.device)
+    return (
+        selection.index[0]
+        if selection.dims
+        else torch.arange(slot.parameter.numel(), device=slot.parameter.device)
+    )
 
 
 @torch.no_grad()
@@ -95,7 +104,9 @@ def _mean_activations(run: Run, layers: list[int]) -> dict[int, Tensor]:
     for batch in prompts.batches(run.settings.batch_size):
         real = batch.attention_mask.bool()
         tokens += int(real.sum())
-        for layer, values in _activations(run, layers, batch.input_ids, batch.attention_mask).items():
+        for layer, values in _activations(
+            run, layers, batch.input_ids, batch.attention_mask
+        ).items():
             part = values[real.to(values.device)].double().sum(0)
             total[layer] = total[layer] + part if layer in total else part
     return {layer: value / tokens for layer, value in total.items()}
@@ -105,14 +116,16 @@ def _activations(run: Run, layers: list[int], ids: Tensor, attention: Tensor) ->
     """Neuron activations `row token neuron` of ``layers`` (inputs of the down projection)."""
     found: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> object:
+    def keep(layer: int) -> Callable[..., None]:
         def hook(_module: object, args: tuple[Tensor, ...]) -> None:
             found[layer] = args[0].reshape(*ids.shape, -1)  # some models flatten rows and tokens
 
         return hook
 
     handles = [
-        run.model_map.read_point(Site(layer, "neuron")).module.register_forward_pre_hook(keep(layer))  # type: ignore[arg-type]
+        run.model_map.read_point(Site(layer, "neuron")).module.register_forward_pre_hook(
+            keep(layer)
+        )
         for layer in layers
     ]
     try:
@@ -135,9 +148,17 @@ def _solve(run: Run, biases: list[Slot], layers: list[int], target: list[Tensor]
         given = {slot.name: value for slot, value in zip(biases, values, strict=True)}
         run.write(lambda slot, now: given.get(slot.name, now))
         seen = _activations(run, layers, ids, torch.ones_like(ids))
-        return [seen[layer][0, 0][_neurons(slot)].double() for layer, slot in zip(layers, biases, strict=True)]
+        return [
+            seen[layer][0, 0][_neurons(slot)].double()
+            for layer, slot in zip(layers, biases, strict=True)
+        ]
 
-    curve = [torch.stack(parts) for parts in zip(*(active_at([torch.full_like(t, float(b)) for t in target]) for b in GRID), strict=True)]
+    curve = [
+        torch.stack(parts)
+        for parts in zip(
+            *(active_at([torch.full_like(t, float(b)) for t in target]) for b in GRID), strict=True
+        )
+    ]
     low = [GRID.to(c.device, torch.float64)[c.argmin(0)] for c in curve]
     high = [torch.maximum(t.abs() * 2, torch.full_like(t, 4.0)) for t in target]
     for _ in range(HALVINGS):
