@@ -44,8 +44,8 @@ from circuits.sites import Site
 
 logger = logging.getLogger(__name__)
 
-Rule = Literal["midpoint", "left", "right"]
-"""Where the path is sampled: at (k - 1/2)/m, (k - 1)/m or k/m for k = 1..m."""
+Rule = Literal["midpoint", "left", "right", "near_zero"]
+"""Where the path is sampled: at (k - 1/2)/m, (k - 1)/m or k/m for k = 1..m, or mostly near 0."""
 
 Path = Literal["layer", "joint", "gradient"]
 """What is scaled: one layer at a time; all layers together; nothing (gradient times activation)."""
@@ -95,17 +95,24 @@ class Attribution:
     plans: Mapping[str, int]
 
 
-def path_points(steps: int, rule: Rule) -> list[float]:
-    """Points between 0 and 1 at which gradients are averaged (fraction of the activation).
+def path_points(steps: int, rule: Rule) -> list[tuple[float, float]]:
+    """Points alpha between 0 and 1 with their weights in the mean of the gradients, lowest first.
+
+    "near_zero" takes midpoints of u with alpha = u^6, weighted by d alpha / du: the same integral, sampled mostly near
+    0. It is for models that normalise the output of the MLP before adding it (Gemma 2 and 3, OLMo 2). Scaling all
+    activations changes little there until alpha is nearly 0, so evenly spaced points can miss most of the integral.
 
     Raises:
         ValueError: fewer than one step, or an unknown rule.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if rule not in _SHIFT:
-        raise ValueError(f"unknown rule {rule!r}: expected one of {', '.join(_SHIFT)}")
-    return [(k + _SHIFT[rule]) / steps for k in range(steps)]
+    if rule not in get_args(Rule):
+        raise ValueError(f"unknown rule {rule!r}: expected one of {get_args(Rule)}")
+    if rule == "near_zero":
+        middles = [(k + 0.5) / steps for k in range(steps)]
+        return [(u**6, 6 * u**5 / steps) for u in middles]
+    return [((k + _SHIFT[rule]) / steps, 1.0 / steps) for k in range(steps)]
 
 
 @dataclass(frozen=True)
@@ -202,7 +209,7 @@ class IntegratedGradients:
         if self.path == "gradient":
             yield [_Point(self.wanted_layers, 1.0, 1.0)]
             return
-        alphas = [(alpha, 1.0 / self.steps) for alpha in path_points(self.steps, self.rule)]
+        alphas = path_points(self.steps, self.rule)
         if alphas[0][0] != 0.0:
             # Without weight in the mean: only its probability is wanted, for the gap.
             alphas.insert(0, (0.0, 0.0))

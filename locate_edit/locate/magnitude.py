@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from circuits import Scores, describe
-from locate_edit.locate.provenance import provenance
+from locate_edit.locate._common import provenance, sites_of
 from locate_edit.prompts import PromptSet
 
 
@@ -39,6 +39,6 @@ class Magnitude:
             SiteError: the model has no units of a kind.
         """
         model_map = describe(model)
-        sites = sorted(site for kind in dict.fromkeys(self.kinds) for site in model_map.sites(kind))
+        sites = sites_of(model_map, self.kinds)
         values = {site: model_map.norms(site)[None] for site in sites}
         return Scores(values, provenance(self, model_map, prompts, seed=seed))

@@ -6,6 +6,8 @@ section 3.2, Eq. 3 to 5. The path attribution is that of Dai et al. 2022, Knowle
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,10 +24,15 @@ from circuits.attribution import (
     ScoredRow,
     path_points,
 )
-from locate_edit.locate.provenance import check_prompts, provenance
+from locate_edit.locate._common import check_prompts, provenance
 from locate_edit.prompts import Batch, PromptSet
 
+logger = logging.getLogger(__name__)
+
 Approximation = Literal["joint", "gradient"]
+TOLERATED_GAP = (
+    0.1  # fraction of what the layers contribute; beyond it the scores come with a warning
+)
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,11 @@ class PrivacyNeurons:
 
     Attributes:
         steps: points on the path from silent to active.
-        rule: where it is sampled: "midpoint"; "left", k/m for k = 0..m-1 (the paper's code); or "right", k/m for
-            k = 1..m (its Eq. 5).
-        approximate: None computes the above. "joint" scales all layers at once (one path: about a third of the cost,
-            another ranking); "gradient" multiplies gradient and activation (less still; blind to saturated neurons).
-            Neither is this method: provenance says so under ``warning``.
+        rule: where it is sampled: "midpoint"; "left", k/m for k = 0..m-1 (the paper's code); "right", k/m for
+            k = 1..m (its Eq. 5); or "near_zero", for models that normalise the MLP's output (Gemma 2 and 3, OLMo 2).
+        approximate: None computes the above. "joint" scales all layers at once, along one path (2/(L + 1) of the
+            backward work, another ranking); "gradient" multiplies gradient and activation (one backward, blind to
+            saturated neurons). Neither is this method: provenance says so under ``warning``.
         layers: layers to score; None scores all.
     """
 
@@ -107,20 +114,34 @@ class PrivacyNeurons:
         return Scores(values, provenance(self, model_map, prompts, seed=seed, **self._notes(found)))
 
     def _notes(self, found: list[Attribution]) -> dict[str, object]:
-        plans: dict[str, int] = {}
-        for item in found:
-            for plan, count in item.plans.items():
-                plans[plan] = plans.get(plan, 0) + count
+        """What provenance says about the result, a warning included where one is due."""
         notes: dict[str, object] = {
             "completeness_gap": [list(item.gap) for item in found],
             "probability": [list(item.probability) for item in found],
-            "plans": plans,
+            "plans": dict(sum((Counter(item.plans) for item in found), Counter())),
         }
+        missed = _missed(found)
         if self.approximate is not None:
             notes["warning"] = (
                 f"approximate={self.approximate!r} is a cheaper and different quantity: report it under its own name"
             )
+        elif missed > TOLERATED_GAP:
+            notes["warning"] = (
+                f"{self.steps} steps with rule={self.rule!r} miss {missed:.0%} of what the layers contribute: "
+                "take more steps, or rule='near_zero' for a model that normalises the output of its MLPs"
+            )
+            logger.warning("PrivacyNeurons: %s", notes["warning"])
         return notes
+
+
+def _missed(found: list[Attribution]) -> float:
+    """Sum of the gaps of all prompts and layers as a fraction of what the layers contribute, signs ignored."""
+    missed = contributed = 0.0
+    for item in found:
+        for value, gap in zip(item.values.values(), item.gap, strict=False):
+            missed += abs(gap)
+            contributed += abs(float(value.sum()) - gap)
+    return missed / contributed if contributed else 0.0
 
 
 def scored_rows(batch: Batch) -> list[ScoredRow]:

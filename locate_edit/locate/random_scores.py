@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from circuits import Scores, describe
-from locate_edit.locate.provenance import provenance
+from locate_edit.locate._common import provenance, sites_of
 from locate_edit.prompts import PromptSet
 
 
@@ -42,7 +42,7 @@ class RandomScores:
         """
         model_map = describe(model)
         generator = torch.Generator().manual_seed(seed)
-        sites = sorted(site for kind in dict.fromkeys(self.kinds) for site in model_map.sites(kind))
+        sites = sites_of(model_map, self.kinds)
         values = {
             site: torch.rand((1, *model_map.shape(site)), generator=generator) for site in sites
         }

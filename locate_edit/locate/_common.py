@@ -1,13 +1,14 @@
-"""What every localizer writes into its `Scores`: how they were made, of which model, on which prompts."""
+"""What localizers share: the provenance of their scores, the check of their prompts, the sites of some kinds."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from circuits import ModelMap
+from circuits import ModelMap, Site, SiteError
 from locate_edit.errors import PromptError
 from locate_edit.fingerprint import fingerprint
 from locate_edit.prompts import PromptSet
@@ -51,3 +52,22 @@ def check_prompts(model_map: ModelMap, prompts: PromptSet) -> None:
             f"pass PromptSet(..., masked={not model_map.causal})"
         )
     prompts.check_context(model_map.model)
+
+
+def sites_of(model_map: ModelMap, kinds: Iterable[str]) -> list[Site]:
+    """All sites of some kinds, in order.
+
+    Raises:
+        SiteError: an unknown kind, or one that the model has no sites of.
+    """
+    found: list[Site] = []
+    for kind in dict.fromkeys(kinds):
+        sites = model_map.sites(kind)
+        if not sites:
+            raise SiteError(
+                f"{model_map.name} has no {kind} sites; it has {', '.join(model_map.kinds)}"
+            )
+        found += sites
+    if not found:
+        raise SiteError(f"no kinds of sites given: choose from {', '.join(model_map.kinds)}")
+    return sorted(found)
