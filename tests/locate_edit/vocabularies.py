@@ -93,8 +93,9 @@ def roberta(words: Sequence[str]) -> PreTrainedTokenizerFast:
     )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    vocabulary = core.get_vocab()
     core.post_processor = processors.RobertaProcessing(
-        ("</s>", core.token_to_id("</s>")), ("<s>", core.token_to_id("<s>")), add_prefix_space=False
+        ("</s>", vocabulary["</s>"]), ("<s>", vocabulary["<s>"]), add_prefix_space=False
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

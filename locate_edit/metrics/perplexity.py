@@ -1,0 +1,49 @@
+"""Perplexity: into how many equally likely tokens the model's surprise translates."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from locate_edit.metrics.predictions import Predictions
+from locate_edit.metrics.values import Values
+from locate_edit.prompts import PromptSet
+
+__all__ = ["perplexity"]
+
+
+def perplexity(
+    predictions: Predictions | nn.Module,
+    prompts: PromptSet | None = None,
+    *,
+    average: Literal["token", "item"] = "token",
+) -> Values:
+    """Perplexity of the scored tokens; 1 is certainty, the size of the vocabulary is a uniform guess.
+
+    exp of the mean negative log-likelihood over *all scored tokens of the set*, so that long items count for more,
+    as is usual for text. `average="item"` gives the mean over items of each item's own perplexity instead, as KGA's
+    scores use it; a few very surprising items dominate that one. For masked models this is the pseudo-perplexity,
+    with no random masks to draw: every token is hidden once. Direction: down is better known. No precondition.
+    """
+    predictions = Predictions.of(predictions, prompts)
+    weights = predictions.split(predictions.weight)
+    losses = predictions.split(-predictions.logprob)
+    mass = [float(w.sum()) for w in weights]
+    means = [
+        float(w @ loss) / m if m else None for w, loss, m in zip(weights, losses, mass, strict=True)
+    ]
+    needs = "at least one scored token of non-zero weight"
+    if average == "item":
+        each = [None if mean is None else float(np.exp(mean)) for mean in means]
+        return Values.make("perplexity", each, unit="tokens", direction="down", precondition=needs)
+    return Values.make(
+        "perplexity",
+        means,
+        unit="tokens",
+        direction="down",
+        precondition=needs,
+        weights=mass,
+        scale="exp",
+    )

@@ -1,0 +1,228 @@
+"""Predictions: what a model makes of the scored tokens of a prompt set, from one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from circuits.forward import labelled_logits
+from locate_edit.errors import PromptError
+from locate_edit.metrics.generation import generate
+from locate_edit.metrics.running import evaluating, scored_batches
+from locate_edit.metrics.values import Floats
+from locate_edit.prompts import PromptSet
+
+__all__ = ["Digits", "Predictions", "digit_tokens"]
+
+# What tokenizers write before a piece of text: nothing, a space (three spellings), "continues a word".
+_PREFIXES = ("", "\u0120", "\u2581", " ", "##")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The scored tokens that are single digits.
+
+    Attributes:
+        label: their indices among all scored tokens, `digit` int64.
+        value: the true digit, `digit` int64.
+        logprob: natural-log probability of each of the ten digit tokens of the same spelling (with or
+            without the leading space), over the whole vocabulary, `digit 10` float64.
+    """
+
+    label: NDArray[np.int64]
+    value: NDArray[np.int64]
+    logprob: Floats
+
+
+@dataclass(frozen=True)
+class _Scored:
+    logprob: Floats
+    entropy: Floats
+    rank: NDArray[np.int64]
+    top: NDArray[np.int64]
+    digits: Digits
+
+
+class Predictions:
+    """A model's predictions on the scored tokens of a prompt set, computed when first asked for and then
+    kept.
+
+    All arrays go through the scored tokens item by item in the order of the set, so they depend neither on
+    `batch_size` nor on padding. Logits are float32 whatever the model's dtype, and never kept. The model is
+    run in evaluation mode; its modes are restored. Ask for the values *before* the model is changed: they
+    describe it at the moment of the first use.
+
+    Args:
+        model: a causal or masked language model.
+        prompts: the prompts, for the same kind of model.
+        batch_size: rows a forward pass.
+    """
+
+    def __init__(self, model: nn.Module, prompts: PromptSet, *, batch_size: int = 16) -> None:
+        prompts.check_context(model)
+        self.model = model
+        self.prompts = prompts
+        self.batch_size = batch_size
+        counts = [len(prompts.target_ids(i)) for i in range(len(prompts))]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self._starts = self._ends - np.array(counts, dtype=np.int64)
+
+    @classmethod
+    def of(cls, predictions: Predictions | nn.Module, prompts: PromptSet | None) -> Predictions:
+        """`predictions` themselves, or those of a model on `prompts`: metrics take either.
+
+        Raises:
+            PromptError: a model without prompts, or predictions with prompts beside them.
+        """
+        if isinstance(predictions, Predictions):
+            if prompts is not None:
+                raise PromptError("give a metric either predictions, or a model and a prompt set.")
+            return predictions
+        if prompts is None:
+            raise PromptError(
+                f"a metric of {type(predictions).__name__} needs a prompt set: metric(model, prompts)."
+            )
+        return cls(predictions, prompts)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the prompts are for a masked language model."""
+        return self.prompts.masked
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    # ---- arrays over all scored tokens -----------------------------------------------------------
+
+    @cached_property
+    def label(self) -> NDArray[np.int64]:
+        """The scored tokens themselves, `label` int64."""
+        return np.concatenate(
+            [np.array(self.prompts.target_ids(i), dtype=np.int64) for i in range(len(self))]
+        )
+
+    @cached_property
+    def item(self) -> NDArray[np.int64]:
+        """The item of each scored token, `label` int64."""
+        return np.repeat(np.arange(len(self), dtype=np.int64), self._ends - self._starts)
+
+    @cached_property
+    def weight(self) -> Floats:
+        """The weight of each scored token, `label` float64: 1 unless the set carries a token mask."""
+        return np.concatenate([np.array(self.prompts.weights(i)) for i in range(len(self))])
+
+    @property
+    def logprob(self) -> Floats:
+        """Natural-log probability of each scored token, `label` float64 (nats)."""
+        return self._scored.logprob
+
+    @property
+    def entropy(self) -> Floats:
+        """Entropy of the predicted distribution at each scored token, `label` float64 (nats)."""
+        return self._scored.entropy
+
+    @property
+    def rank(self) -> NDArray[np.int64]:
+        """How many tokens of the vocabulary are more probable than each scored token, `label` int64."""
+        return self._scored.rank
+
+    @property
+    def top(self) -> NDArray[np.int64]:
+        """The most probable token at each scored place, `label` int64."""
+        return self._scored.top
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether greedy decoding gives each scored token, those before it being given, `label` bool."""
+        return np.asarray(self.top == self.label)
+
+    @property
+    def digits(self) -> Digits:
+        """The scored tokens that are single digits, with their distribution over the ten digits."""
+        return self._scored.digits
+
+    @cached_property
+    def generated(self) -> list[list[int]]:
+        """Greedy continuation of each prompt, as long as its target (causal models)."""
+        return generate(self.model, self.prompts, batch_size=self.batch_size)
+
+    def of_item(self, index: int) -> slice:
+        """Where the scored tokens of an item stand in the arrays."""
+        return slice(int(self._starts[index]), int(self._ends[index]))
+
+    def split(self, array: Floats) -> list[Floats]:
+        """An array over scored tokens as one array an item."""
+        return [array[self.of_item(index)] for index in range(len(self))]
+
+    # ---- the forward pass ------------------------------------------------------------------------
+
+    @cached_property
+    def _scored(self) -> _Scored:
+        n_labels = int(self._ends[-1])
+        logprob, entropy = np.zeros(n_labels), np.zeros(n_labels)
+        rank, top = np.zeros(n_labels, np.int64), np.zeros(n_labels, np.int64)
+        value, ten = self._digit_table()
+        is_digit = value >= 0
+        digit_logprob = np.zeros((n_labels, 10))
+        with evaluating(self.model), torch.no_grad():
+            for batch in scored_batches(self.model, self.prompts, self.batch_size):
+                logits = labelled_logits(self.model, batch)
+                # Labels come item by item and in order, so each item's fill its own stretch of the arrays.
+                where = np.concatenate(
+                    [np.arange(self._starts[i], self._ends[i]) for i in batch.items]
+                )
+                lp, ent, more, best, normaliser = _reduce(logits, batch.label)
+                logprob[where], entropy[where] = lp, ent
+                rank[where], top[where] = more, best
+                here = np.flatnonzero(is_digit[where])
+                ids = torch.as_tensor(ten[where[here]], device=logits.device)
+                chosen = logits[torch.as_tensor(here, device=logits.device)].gather(-1, ids)
+                digit_logprob[where[here]] = (
+                    chosen.double().cpu().numpy() - normaliser[here][:, None]
+                )
+        found = np.flatnonzero(is_digit).astype(np.int64)
+        digits = Digits(found, value[found], digit_logprob[found])
+        return _Scored(logprob, entropy, rank, top, digits)
+
+    def _digit_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Digit of each scored token (-1 for none) `label`, and the ten tokens of its spelling `label 10`."""
+        value = np.full(len(self.label), -1, dtype=np.int64)
+        ten = np.zeros((len(self.label), 10), dtype=np.int64)
+        for spelling in digit_tokens(self.prompts.tokenizer):
+            for digit, token in enumerate(spelling):
+                here = self.label == token
+                value[here], ten[here] = digit, spelling
+        return value, ten
+
+
+def _reduce(
+    logits: Tensor, label: Tensor
+) -> tuple[Floats, Floats, NDArray[np.int64], NDArray[np.int64], Floats]:
+    """Log-probability, entropy, rank, most probable token and normaliser, each `label`, of `label vocab`."""
+    normaliser = torch.logsumexp(logits, dim=-1)
+    chosen = logits.gather(-1, label[:, None])
+    # Entropy = normaliser - E[logit]: the probabilities are the only other tensor of the size of the
+    # vocabulary.
+    expected = torch.einsum("lv,lv->l", torch.softmax(logits, dim=-1), logits)
+    rank = (logits > chosen).sum(-1)
+    floats = (chosen[:, 0] - normaliser, normaliser - expected)
+    lp, entropy = (tensor.double().cpu().numpy() for tensor in floats)
+    best = logits.argmax(-1).cpu().numpy()
+    return lp, entropy, rank.cpu().numpy(), best, normaliser.double().cpu().numpy()
+
+
+def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of the tokens for 0 to 9, one list for each spelling (bare, after a space) that has all ten."""
+    vocabulary = tokenizer.get_vocab()
+    spellings = (
+        [vocabulary.get(f"{prefix}{digit}") for digit in range(10)] for prefix in _PREFIXES
+    )
+    return [
+        [int(token) for token in ids if token is not None] for ids in spellings if None not in ids
+    ]
