@@ -87,7 +87,7 @@ def test_bare_and_classification_models(name: str, auto: Any) -> None:
             assert gap.effect > 1e-3
 
 
-# ---- wrong entries ---------------------------------------------------------------------------------------------------
+# ---- wrong entries ------------------------------------------------------------------------------------------------
 
 
 def swap(one: str, two: str) -> Callable[[Family], Family]:
