@@ -171,15 +171,15 @@ class IntegratedGradients:
 
     def __call__(self, rows: Sequence[ScoredRow]) -> Attribution:
         """Attribute the weighted sum of the probabilities of all labels of ``rows``; the model stays as it was."""
-        total = _Total(self.model_map, self.wanted_layers, self.path)
         plans = [self.plan] if self.plan is not None else _plans(self.model_map)
         with _frozen(self.model_map.model), torch.inference_mode(False), torch.enable_grad():
+            total = _Total(self.model_map, self.wanted_layers, self.path)
             for row in rows:
                 text = _Text.read(self.model_map, row)
                 for index, weight in enumerate(row.weight):
                     if weight:
                         total.add(self._label(text, index, plans), weight)
-        return total.attribution()
+            return total.attribution()
 
     def _label(self, text: _Text, index: int, plans: list[Plan]) -> _Label:
         """Attribution of one label by the first of ``plans`` that reproduces the ordinary probability."""
