@@ -488,7 +488,8 @@ def _again(
 
 
 def _describe_method(method: Any) -> dict[str, Any]:
-    about: dict[str, Any] = {"name": type(method).__name__, "module": type(method).__module__}
+    kind = method if hasattr(method, "__name__") else type(method)  # a function names itself
+    about: dict[str, Any] = {"name": kind.__name__, "module": kind.__module__}
     if is_dataclass(method):
         about |= {field.name: _plain(getattr(method, field.name)) for field in fields(method)}
     return about

@@ -287,6 +287,21 @@ def test_what_a_lora_adapter_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
 
 
+def test_a_plain_function_is_a_method_too() -> None:
+    def halve(run: Any) -> None:
+        run.write(lambda _slot, now: now / 2)
+
+    net = model("llama-tied")
+    before = state(net)
+    forget, _ = prompts("llama-tied")
+    made = edit(net, halve, some_units(net), forget=forget)
+    assert made.provenance["method"]["name"] == "halve"
+    for name, flags in differing(net, before).items():
+        torch.testing.assert_close(net.state_dict()[name][flags], before[name][flags] / 2)
+    made.undo()
+    assert not differing(net, before)
+
+
 # -- neuron zeroing -------------------------------------------------------------------------------
 
 
