@@ -59,7 +59,10 @@ class ComponentMask:
                 raise MaskError(f"{site}: expected a boolean tensor of units, got {got}")
         copied = {site: self.on[site].detach().cpu().clone() for site in sorted(self.on)}
         object.__setattr__(self, "on", MappingProxyType(copied))
-        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+        object.__setattr__(self, "provenance", dict(self.provenance))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (dict(self.on), self.provenance))
 
     # ---- making ----------------------------------------------------------------------------------------------------
 

@@ -66,7 +66,10 @@ class Scores:
             for site in sorted(self.values)
         }
         object.__setattr__(self, "values", MappingProxyType(copied))
-        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+        object.__setattr__(self, "provenance", dict(self.provenance))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (dict(self.values), self.provenance))
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,14 @@ def test_a_mask_is_immutable_and_sorted() -> None:
     assert made.count() == len(made) == 3
     with pytest.raises(TypeError, match="does not support item assignment"):
         made.on[A] = bits("11")  # type: ignore[index]
+
+
+def test_a_mask_can_be_copied() -> None:
+    made = ComponentMask({A: bits("10")}, {"localizer": "IG", "of": [1]})
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert twin == made
+        assert twin.provenance == made.provenance
+        assert twin.on[A] is not made.on[A]
 
 
 def test_units_counts_and_membership() -> None:

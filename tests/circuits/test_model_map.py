@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from circuits import ComponentMask, MaskError, Site, SiteError, UnknownFamily, describe
 from circuits.families import FAMILIES, supported
-from circuits.hooks import capture
+from circuits.hooks import capture, replace
 from circuits.model_map import ModelMap, Slice
 from tests.conftest import fingerprint
 from tests.tiny import CONFIGS, VOCAB, tiny, token_ids
@@ -84,8 +84,6 @@ def test_parallel_says_whether_the_mlp_sees_the_attention(name: str, shared: Sha
 
 
 def replace_all(model_map: ModelMap, site: Site, factor: float) -> Any:
-    from circuits.hooks import replace
-
     return replace(model_map, {site: lambda x: x * factor})
 
 
@@ -145,8 +143,6 @@ def test_sites_that_the_model_lacks(site: Site, message: str, shared: Shared) ->
 
 
 def test_a_headless_model_has_no_unembedding() -> None:
-    from transformers import AutoModel
-
     model_map = describe(tiny("gpt2", auto=AutoModel))
     assert [str(s) for s in model_map.sites("vocab")] == ["embed.vocab"]
     with pytest.raises(SiteError, match=r"unembed.vocab: GPT2Model has no unembedding"):
@@ -183,6 +179,39 @@ def test_slices_are_writable_views_of_the_named_parameter(name: str) -> None:
                 site.kind == "head" and torch.Size(piece.unit_shape).numel() == model_map.n_heads
             )
             parameter.data.copy_(before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_slices_of_named_parameters(name: str) -> None:
+    model_map = describe(tiny(name))
+    for kind in ("row", "col", "weight"):
+        for site in model_map.sites(kind):
+            parameter = model_map.model.get_parameter(site.name)
+            (piece,) = model_map.slices(site)
+            index = tuple(n // 2 for n in model_map.shape(site))
+            before = parameter.detach().clone()
+            piece.view[index] = 77.0
+            expected = {"row": (index[0],), "col": (..., index[-1]), "weight": index}[kind]
+            before[expected] = 77.0
+            assert torch.equal(parameter, before)
+
+
+def test_unembedding_rows_come_with_their_bias(shared: Shared) -> None:
+    names = [p.parameter for p in describe(shared("phi")).slices(Site(None, "vocab", "unembed"))]
+    assert names == ["lm_head.weight", "lm_head.bias"]
+    # a masked model ties the weight of its decoder to the embedding, and the bias to one of the head
+    names = [p.parameter for p in describe(shared("bert")).slices(Site(None, "vocab", "unembed"))]
+    assert names == ["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"]
+
+
+def test_an_encoder_used_as_a_decoder_is_causal() -> None:
+    model = tiny("bert", auto=AutoModelForCausalLM, is_decoder=True)
+    assert describe(model).causal
+    changed = token_ids(1, 6)
+    with torch.no_grad():
+        base = model(changed).logits
+        changed[0, -1] += 1
+        assert torch.equal(base[0, 0], model(changed).logits[0, 0])
 
 
 def described(slices: list[Slice]) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -382,8 +411,6 @@ def test_norms_by_hand() -> None:
 
 
 def test_an_unknown_family_is_refused_with_what_is_known_and_what_was_found() -> None:
-    from transformers import AutoConfig
-
     settings = {
         "vocab_size": 50,
         "d_model": 8,
@@ -423,8 +450,6 @@ def test_models_without_plain_weights_are_refused() -> None:
 
 
 def tiny_on_meta() -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     model_type, settings = CONFIGS["llama"]
     model: nn.Module = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(model_type, **settings)

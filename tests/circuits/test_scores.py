@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,13 @@ def test_scores_are_float32_copies_sorted_by_site() -> None:
 def test_what_are_no_scores(values: Any, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         Scores(values)
+
+
+def test_scores_can_be_copied() -> None:
+    made = scores([[1, 2]], localizer="IG")
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert twin[A].tolist() == [[1, 2]]
+        assert twin.provenance == {"localizer": "IG"}
 
 
 def test_ranking_and_representations() -> None:
