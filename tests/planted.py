@@ -46,8 +46,18 @@ class Planted:
         return float(probabilities(self.model, self.prompts)[0])
 
 
-def plant(name: str, *, layer: int = 0, neuron: int = 11, seed: int = 0) -> Planted:
-    """A tiny model of variant ``name`` in which one neuron alone knows the secret."""
+def plant(
+    name: str, *, layer: int = 0, neuron: int = 11, surprise: float = 0.03, seed: int = 0
+) -> Planted:
+    """A tiny model of variant ``name`` in which one neuron alone knows the secret.
+
+    Args:
+        name: a key of ``tests.tiny.CONFIGS`` without experts.
+        layer: where the neuron is.
+        neuron: which one it is.
+        surprise: how surprising the secret may still be (nats).
+        seed: of the model's random weights.
+    """
     model = tiny(name, seed=seed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -64,7 +74,7 @@ def plant(name: str, *, layer: int = 0, neuron: int = 11, seed: int = 0) -> Plan
     )
     _weights(made)["down"].zero_()
     _write_key(made)
-    _learn_value(made)
+    _learn_value(made, surprise)
     # What the mechanism has to be before a test may rely on it.
     assert made.probability > 0.9, f"{name}: {made.probability}"
     with silenced(made):
@@ -148,7 +158,7 @@ def _write_key(made: Planted) -> None:
         weights["up bias"].copy_(-gain * (key @ centre) - silent)
 
 
-def _learn_value(made: Planted) -> None:
+def _learn_value(made: Planted, goal: float) -> None:
     """Find what the neuron must write for the secret to follow, by descent on that vector alone."""
     site, index = made.unit.site, made.unit.index[0]
     down = made.model_map.read_point(site).module
@@ -162,7 +172,7 @@ def _learn_value(made: Planted) -> None:
     handle = down.register_forward_hook(write)
     for _ in range(300):
         surprise = -labelled_logits(made.model, batch).log_softmax(-1)[0, batch.label[0]]
-        if surprise < 0.03:
+        if surprise < goal:
             break
         (value.grad,) = torch.autograd.grad(surprise, [value])
         optimizer.step()
