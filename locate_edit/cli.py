@@ -75,6 +75,22 @@ Setting = Annotated[
     ),
 ]
 Steps = Annotated[int | None, _option(min=1, help="Same as --set steps=N.")]
+Also = Annotated[
+    list[str] | None,
+    _option(
+        "--also",
+        metavar="NAME=FILE",
+        help="JSONL file of further prompts to measure; repeat for more.",
+    ),
+]
+Metrics = Annotated[
+    list[str] | None,
+    _option("--metric", metavar="NAME", help="A metric of locate-edit info; repeat for more."),
+]
+Oracle = Annotated[
+    str | None,
+    _option(metavar="MODEL", help="A model retrained without what was to be forgotten."),
+]
 Retain = Annotated[
     Path | None, _option(metavar="FILE", help="JSONL file of what should stay as it is.")
 ]
@@ -283,6 +299,13 @@ def edit(
     merge: Annotated[
         Path | None, _option(metavar="FOLDER", help="Also write the edited model as a checkpoint.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        _option(
+            metavar="FOLDER",
+            help="Also measure it, beside the same edit on a random mask of equal size.",
+        ),
+    ] = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",
@@ -299,6 +322,8 @@ def edit(
     check_folder(out, like="edit.json")
     if merge is not None:
         check_folder(merge, like="config.json")
+    if report is not None:
+        check_folder(report, like="report.json")
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     model_map = describe(loaded)
     done = editing.edit(
@@ -316,8 +341,74 @@ def edit(
     done.save(out)
     if merge is not None:
         save(loaded, tokenizer, merge)
-    merged = {} if merge is None else {"merged": str(merge)}
-    _say({"edit": str(out), **merged, **_about_edit(out)}, as_json)
+    summary: dict[str, Any] = {"edit": str(out), **_about_edit(out)}
+    if merge is not None:
+        summary["merged"] = str(merge)
+    measured = None if report is None else _report(done, report, as_json, seed=seed)
+    if measured is not None:
+        summary["report"] = measured if as_json else str(report)
+    _say(summary, as_json)
+
+
+@command("evaluate gpt2 --edit my-edit --forget forget.jsonl --retain retain.jsonl --out report")
+def evaluate(
+    model: Model,
+    edit: Annotated[
+        Path | None, _option(metavar="FOLDER", help="Measure MODEL before and after this edit.")
+    ] = None,
+    forget: Annotated[
+        Path | None, _option(metavar="FILE", help="JSONL file of what should be forgotten.")
+    ] = None,
+    retain: Retain = None,
+    also: Also = None,
+    metrics: Metrics = None,
+    oracle: Oracle = None,
+    other_oracle: Annotated[
+        str | None,
+        _option(metavar="MODEL", help="The same with another seed: the unit of the distance."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        _option(metavar="FOLDER", help="Where the report goes: HTML, JSON, Markdown and figures."),
+    ] = None,
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL, or an edit of it: before, after, and beside a model that never saw the text.
+
+    A control with a random mask needs the edit to be made again: locate-edit edit --report does that.
+    """
+    from circuits import describe
+    from locate_edit.checkpoints import load
+    from locate_edit.editing import Edit
+    from locate_edit.storage import check_folder
+
+    if out is not None:
+        check_folder(out, like="report.json")
+    target: Any
+    target, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(target)
+    if edit is not None:
+        target = Edit.load(edit).apply(target)
+    sets = {
+        name: None if file is None else _prompts(file, model_map, tokenizer)
+        for name, file in {"forget": forget, "retain": retain}.items()
+    }
+    others = {
+        name: _prompts(Path(file), model_map, tokenizer)
+        for name, file in _pairs(also, "--also").items()
+    }
+    oracles = {
+        name: None if text is None else load(text, dtype=dtype, device=device)[0]
+        for name, text in {"oracle": oracle, "other_oracle": other_oracle}.items()
+    }
+    options = {"batch_size": batch_size, "seed": seed, "others": others, **sets, **oracles}
+    summary = _report(target, out, as_json, metrics=metrics, **options)
+    if as_json:
+        _print_json(summary)
 
 
 @command("undo gpt2-edited --edit my-edit --out gpt2-restored")
@@ -396,18 +487,24 @@ def info(
 
 def _settings(settings: list[str] | None, **shortcuts: float | None) -> dict[str, str]:
     """Join `--set name=value` with the options that are shortcuts for it."""
-    result = {}
-    for setting in settings or ():
-        name, equals, value = setting.partition("=")
-        if not equals or not name.strip():
-            raise typer.BadParameter(f"expected NAME=VALUE, got {setting!r}", param_hint="--set")
-        result[name.strip()] = value
+    result = _pairs(settings, "--set")
     for name, number in shortcuts.items():
         if number is None:
             continue
         if name in result:
             raise typer.BadParameter(f"{name} is also given as --{name}", param_hint="--set")
         result[name] = repr(number)
+    return result
+
+
+def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    """Read `name=value` texts."""
+    result = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise typer.BadParameter(f"expected NAME=VALUE, got {text!r}", param_hint=option)
+        result[name.strip()] = value
     return result
 
 
@@ -482,6 +579,24 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_text(inner) for inner in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _report(target: Any, out: Path | None, as_json: bool, **options: Any) -> dict[str, Any]:
+    """Evaluate, print the table and write the report."""
+    from locate_edit import evaluation
+    from locate_edit.storage import atomic_folder
+
+    report = evaluation.evaluate(target, progress=_progress(as_json), **options)
+    if out is not None:
+        with atomic_folder(out, like="report.json") as place:
+            report.save(place)
+    if not as_json:
+        console = _console()
+        console.print(report.table())
+        console.print(report.summary, highlight=False)
+        if out is not None:
+            console.print(f"Written: {out / 'report.html'}", soft_wrap=True)
+    return report.to_json()
 
 
 def _about_mask(mask: ComponentMask, model_map: ModelMap | None = None) -> dict[str, Any]:
