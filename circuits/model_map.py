@@ -124,7 +124,8 @@ class ModelMap:
             found = None
         if not isinstance(found, nn.ModuleList) or not len(found):
             raise UnknownFamily(
-                f"{_identity(self.model)}: expected a list of layers at {path!r}, found {type(found).__name__}; "
+                f"{_identity(self.model)}: expected a list of layers at {path!r}, found {type(found).__name__}. If "
+                "the model is wrapped (adapters, compilation), merge them or pass the model inside. "
                 f"{_first_modules(self.model)}"
             )
         return found
@@ -554,7 +555,7 @@ class ModelMap:
                 continue
             for piece in self.slices(site, side):
                 yield piece, units.reshape(piece.unit_shape)
-            if site.kind == "head" and kv == "all" and side != "write" and site.layer is not None:
+            if site.kind == "head" and kv == "all" and site.layer is not None:
                 groups = self.kv_mask(units)
                 if bool(groups.any()):
                     for piece in self.slices(Site(site.layer, "kv_head"), side):
