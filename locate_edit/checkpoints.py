@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +50,33 @@ def load(
             f"Cannot use device {device!r} with dtype {dtype!r}: {error}. Expected a device such as cpu or "
             "cuda, and auto, float32, bfloat16 or float16."
         ) from error
-    model, tokenizer = _shipped(str(name), kind) if str(name) in SHIPPED else _stored(name, kind)
+    if str(name) in SHIPPED:
+        with _without_progress_bars():
+            model, tokenizer = _shipped(str(name), kind)
+    elif Path(name).is_dir():
+        with _without_progress_bars():
+            model, tokenizer = _stored(name, kind)
+    else:
+        model, tokenizer = _stored(name, kind)
     try:
         model.to(place)
     except (RuntimeError, AssertionError) as error:
         raise LoadError(f"Cannot move {name} to {device!r}: {error}") from error
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hide the bars of loading and saving, which take a moment; a download keeps its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -62,7 +85,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     Raises:
         StorageError: the folder holds something else, or the disk refuses the write.
     """
-    with atomic_folder(folder, like="config.json") as place:
+    with atomic_folder(folder, like="config.json") as place, _without_progress_bars():
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
 
@@ -104,7 +127,6 @@ def _shipped(name: str, dtype: Any) -> tuple[Any, Any]:
 def _stored(name: str | Path, dtype: Any) -> tuple[Any, Any]:
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     what = f"folder {name}" if Path(name).is_dir() else f"model {str(name)!r}"
     advice = (
         f"Expected a folder written by save_pretrained, a name on the Hugging Face hub, or one of "

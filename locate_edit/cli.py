@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from circuits import ComponentMask, ModelMap
     from locate_edit.prompts import PromptSet
 
+Side = Literal["both", "read", "write"]
 F = TypeVar("F", bound=Callable[..., None])
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -118,6 +120,7 @@ def main() -> None:
     # The libraries' own progress bars and advice would end up between our lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     app(prog_name="locate-edit")
 
 
@@ -294,7 +297,7 @@ def edit(
     lr: Annotated[float | None, _option(min=0, help="Same as --set lr=X.")] = None,
     settings: Setting = None,
     side: Annotated[
-        str | None, _option(help="both, read or write: which weights of a unit may change.")
+        Side | None, _option(help="both, read or write: which weights of a unit may change.")
     ] = None,
     merge: Annotated[
         Path | None, _option(metavar="FOLDER", help="Also write the edited model as a checkpoint.")
