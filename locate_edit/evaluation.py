@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +26,7 @@ from locate_edit.errors import EditError, PromptError
 from locate_edit.metrics.generation import generate
 from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.memorization import exact_memorization
-from locate_edit.metrics.oracle_distance import divergences, from_divergences
+from locate_edit.metrics.oracle_distance import from_divergences, item_means
 from locate_edit.metrics.perplexity import perplexity
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Floats, Values, average_over_runs
@@ -190,12 +191,15 @@ class _Run:
         """All metrics on all sets, for the model as it is now."""
         state = _State()
         for name, prompts in self.sets.items():
+            reference = None if model is self.oracle else self.oracle
+            predictions = Predictions(
+                model, prompts, batch_size=self.batch_size, reference=reference
+            )
             if self.oracle is not None:
-                self._distances(model, name, prompts, state)
-            predictions = Predictions(model, prompts, batch_size=self.batch_size)
+                self._distances(predictions, name, state)
             for label, metric in self.metrics.items():
                 state.values[name, label] = metric(predictions)
-            self._say(model, name, predictions, state)
+            self._say(name, predictions, state)
         return state
 
     def control(self, target: Editable, control: Control) -> _State:
@@ -205,28 +209,27 @@ class _Run:
         with target.rerun(control) as other:
             return self.measure(other.model)
 
-    def _distances(self, model: nn.Module, name: str, prompts: PromptSet, state: _State) -> None:
+    def _distances(self, predictions: Predictions, name: str, state: _State) -> None:
         """Oracle distance of one state on one set; the distance between the oracles is measured once."""
-        if self.oracle is None:
-            return
+        prompts = predictions.prompts
         if self.other_oracle is not None and name not in self.noise:
-            between = divergences(
-                self.oracle, [self.other_oracle], prompts, batch_size=self.batch_size
+            between = Predictions(
+                self.other_oracle, prompts, batch_size=self.batch_size, reference=self.oracle
             )
-            self.noise[name] = between[0]
+            self.noise[name] = item_means(between, between.divergence)
         noise = self.noise.get(name)
-        if model is self.oracle:
-            # What the oracle column means for a distance is how far another retraining is.
-            if noise is None:
-                return
+        if predictions.reference is not None:
+            distance = item_means(predictions, predictions.divergence)
+        elif noise is not None:
+            # In the oracle's own column: how far another retraining is.
             distance = noise
         else:
-            distance = divergences(self.oracle, [model], prompts, batch_size=self.batch_size)[0]
+            return
         found = from_divergences(distance, noise, prompts)
         state.values[name, "oracle_distance"] = found.ratio
         state.values[name, "oracle_kl"] = found.nats
 
-    def _say(self, model: nn.Module, name: str, predictions: Predictions, state: _State) -> None:
+    def _say(self, name: str, predictions: Predictions, state: _State) -> None:
         """The model's own words on the first items of a set."""
         prompts = predictions.prompts
         shown = list(range(min(self.n_examples, len(prompts))))
@@ -238,7 +241,7 @@ class _Run:
             few = prompts.select(shown)
             longest = max(len(few.target_ids(i)) for i in range(len(few)))
             length = _EXAMPLE_TOKENS if longest > _EXAMPLE_TOKENS else None
-            said = generate(model, few, length, batch_size=self.batch_size)
+            said = generate(predictions.model, few, length, batch_size=self.batch_size)
         for index, tokens in zip(shown, said, strict=True):
             state.words[name, index] = str(prompts.tokenizer.decode(tokens))
 
@@ -474,7 +477,12 @@ def _about_model(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     return {
         "class": type(model).__name__,
-        "name": str(getattr(config, "name_or_path", "") or ""),
+        "name": _model_name(str(getattr(config, "name_or_path", "") or "")),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def _model_name(name: str) -> str:
+    """A hub name as it is; of a local folder only its own name, since a report travels."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name

@@ -31,7 +31,7 @@ TITLES: Mapping[str, str] = {
     "before": "before",
     "after": "after",
     "random": "random mask",
-    "oracle": "never learned it",
+    "oracle": "oracle",
 }
 """What the columns are called in tables and figures."""
 
@@ -218,6 +218,8 @@ class Report:
             table.add_column(TITLES[column], justify="right")
         for name in self.set_names:
             lines = [line for line in self.of_set(name) if line.shown]
+            if any(line.metric == "oracle_distance" for line in lines):
+                lines = [line for line in lines if line.metric != "oracle_kl"]  # the same, unscaled
             for index, line in enumerate(lines):
                 arrow = "\u2191" if line.direction == "up" else "\u2193"
                 cells = [str(line.cells.get(column, Cell(None))) for column in self.columns]
@@ -407,7 +409,7 @@ def number(value: float | None) -> str:
         return "-"
     if not math.isfinite(value):
         return "infinite" if value > 0 else "-infinite"
-    size = abs(value)
+    size = abs(float(f"{value:.3g}"))  # rounded first: 0.9996 is written like 1
     if size == 0:
         return "0"
     if size >= 1e6 or size < 1e-4:

@@ -7,13 +7,15 @@ its footer which model, unit and number of items it shows.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from locate_edit.report import TITLES, Cell, Line, Report, number
+from locate_edit.report import TITLES, Cell, Line, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = ["before_after", "figures", "metric_panel", "oracle_panel"]
@@ -25,7 +27,6 @@ COLOURS: Mapping[str, str] = {
     "random": "#E69F00",
     "oracle": "#009E73",
 }
-_LOG_SCALE = ("perplexity", "oracle_distance", "oracle_kl")
 _SEPARATE = ("oracle_distance", "oracle_kl")
 
 
@@ -37,7 +38,7 @@ def figures(report: Report) -> dict[str, Figure]:
     if any(line.shown and line.metric == "oracle_distance" for line in report.lines):
         figure = _figure(7.0, 1.6 + 0.55 * len(report.set_names))
         oracle_panel(report, figure.add_subplot())
-        _footer(figure, report, "distance in units of the distance between two retrained models")
+        _footer(figure, report, "KL from a retrained model, over that between two of them")
         made["oracle_distance"] = figure
     return made
 
@@ -86,8 +87,9 @@ def metric_panel(report: Report, metric: str, ax: Axes | None = None) -> Axes:
     axes.set_ylabel(unit, fontsize=9)
     names = [f"{line.prompts}\nn = {_items(line)}" for line in lines]
     axes.set_xticks(range(len(lines)), names, fontsize=8)
-    if metric in _LOG_SCALE and all(_positive(line) for line in lines):
+    if metric == "perplexity" and _spread(lines) > 20:
         axes.set_yscale("log")
+        _plain_log_ticks(axes.yaxis)
     elif "probability" in unit or "fraction" in unit:
         axes.set_ylim(0, 1.05)
     axes.spines[["top", "right"]].set_visible(False)
@@ -122,7 +124,7 @@ def oracle_panel(report: Report, ax: Axes | None = None) -> Axes:
         )
     axes.axvline(1.0, color=COLOURS["oracle"], ls="--", lw=1.2, label="two retrained models")
     axes.set_xscale("log")
-    _plain_log_ticks(axes)
+    _plain_log_ticks(axes.xaxis)
     axes.set_yticks(range(len(lines)), [f"{line.prompts} (n = {_items(line)})" for line in lines])
     axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.set_xlabel(
@@ -135,15 +137,13 @@ def oracle_panel(report: Report, ax: Axes | None = None) -> Axes:
     return axes
 
 
-def _plain_log_ticks(axes: Axes) -> None:
+def _plain_log_ticks(axis: Axis) -> None:
     """Numbers as people write them on a logarithmic axis, in between the powers too where the axis is short."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: number(value).rstrip("0").rstrip("."))
-    )
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
 
 
 def _whiskers(axes: Axes, there: list[tuple[float, Cell]]) -> None:
@@ -157,8 +157,10 @@ def _drawable(cell: Cell) -> bool:
     return cell.value is not None and math.isfinite(cell.value)
 
 
-def _positive(line: Line) -> bool:
-    return all(cell.value is None or cell.value > 0 for cell in line.cells.values())
+def _spread(lines: list[Line]) -> float:
+    """The largest number drawn over the smallest."""
+    drawn = [cell.value or 0.0 for line in lines for cell in line.cells.values() if _drawable(cell)]
+    return max(drawn) / min(drawn) if drawn and min(drawn) > 0 else 1.0
 
 
 def _items(line: Line) -> int:
@@ -185,4 +187,7 @@ def _footer(figure: Figure, report: Report, how: str) -> None:
     name = str(report.model.get("name") or report.model.get("class") or "model")
     method = str(report.edit.get("method", {}).get("name", "")) if report.edit else ""
     about = ", ".join(part for part in (name, method) if part)
-    figure.supxlabel(f"{about}; {how}{whiskers}", fontsize=7.5, color="#5f6368")
+    # The layout makes room for the height of this text but does not break it into lines.
+    width = max(40, int(figure.get_figwidth() * 17))
+    text = "\n".join(textwrap.wrap(f"{about}; {how}{whiskers}", width))
+    figure.supxlabel(text, fontsize=7.5, color="#5f6368")

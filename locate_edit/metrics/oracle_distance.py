@@ -12,20 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from circuits.forward import labelled_logits
-from locate_edit.errors import PromptError
-from locate_edit.metrics.running import evaluating, scored_batches
+from locate_edit.metrics.predictions import Predictions
+from locate_edit.metrics.running import evaluating, label_kl, scored_batches
 from locate_edit.metrics.values import Floats, Values
 from locate_edit.prompts import PromptSet
 
-__all__ = ["OracleDistance", "divergences", "oracle_distance"]
+__all__ = ["OracleDistance", "divergences", "from_divergences", "item_means", "oracle_distance"]
 
 # Below this many nats a token two oracles are the same model, and the ratio says nothing.
 _NO_NOISE = 1e-7
-# Numbers of logits compared at once: the comparison needs a few tensors of this size.
-_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -143,22 +141,16 @@ def divergences(
                 there = batch.to(next(model.parameters()).device)
                 with evaluating(model):
                     got = labelled_logits(model, there).to(wanted.device)
-                kl = _kl(wanted, got, reference, model)
-                np.add.at(total, items, weight * kl.double().cpu().numpy())
-    safe = np.where(mass > 0, mass, 1.0)
-    return [total / safe for total in found]
+                np.add.at(total, items, weight * label_kl(wanted, got).double().cpu().numpy())
+    return [total / np.where(mass > 0, mass, 1.0) for total in found]
 
 
-def _kl(wanted: Tensor, got: Tensor, reference: nn.Module, model: nn.Module) -> Tensor:
-    """KL of softmax(wanted) from softmax(got) at each label: `label` (nats), from logits `label vocab`."""
-    if wanted.shape != got.shape:
-        raise PromptError(
-            f"cannot compare {type(reference).__name__} and {type(model).__name__}: vocabularies of "
-            f"{wanted.shape[-1]} and {got.shape[-1]} tokens. Oracle and edited model must be the same kind of model."
-        )
-    rows = max(1, _CHUNK // wanted.shape[-1])
-    parts = []
-    for p_logits, q_logits in zip(wanted.split(rows), got.split(rows), strict=True):
-        log_p, log_q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0))
-    return torch.cat(parts)
+def item_means(predictions: Predictions, values: Floats) -> Floats:
+    """The weighted mean over each item's scored tokens, `item` float64; 0 for an item whose weights are all 0."""
+    weights = predictions.split(predictions.weight)
+    return np.array(
+        [
+            float(w @ v) / float(w.sum()) if w.sum() else 0.0
+            for w, v in zip(weights, predictions.split(values), strict=True)
+        ]
+    )

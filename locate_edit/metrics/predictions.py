@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from circuits.forward import labelled_logits
 from locate_edit.errors import PromptError
 from locate_edit.metrics.generation import generate
-from locate_edit.metrics.running import evaluating, scored_batches
+from locate_edit.metrics.running import evaluating, label_kl, scored_batches
 from locate_edit.metrics.values import Floats
 from locate_edit.prompts import PromptSet
 
@@ -47,6 +47,7 @@ class _Scored:
     rank: NDArray[np.int64]
     top: NDArray[np.int64]
     digits: Digits
+    divergence: Floats
 
 
 class Predictions:
@@ -62,13 +63,22 @@ class Predictions:
         model: a causal or masked language model.
         prompts: the prompts, for the same kind of model.
         batch_size: rows a forward pass.
+        reference: another model that sees the same batches, for `divergence`.
     """
 
-    def __init__(self, model: nn.Module, prompts: PromptSet, *, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: PromptSet,
+        *,
+        batch_size: int = 16,
+        reference: nn.Module | None = None,
+    ) -> None:
         prompts.check_context(model)
         self.model = model
         self.prompts = prompts
         self.batch_size = batch_size
+        self.reference = reference
         counts = [len(prompts.target_ids(i)) for i in range(len(prompts))]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._starts = self._ends - np.array(counts, dtype=np.int64)
@@ -147,6 +157,19 @@ class Predictions:
         """The scored tokens that are single digits, with their distribution over the ten digits."""
         return self._scored.digits
 
+    @property
+    def divergence(self) -> Floats:
+        """KL(reference || model) of the predictions at each scored token, `label` float64 (nats).
+
+        Raises:
+            PromptError: there is no reference.
+        """
+        if self.reference is None:
+            raise PromptError(
+                "a divergence needs a second model: Predictions(model, prompts, reference=...)."
+            )
+        return self._scored.divergence
+
     @cached_property
     def generated(self) -> list[list[int]]:
         """Greedy continuation of each prompt, as long as its target (causal models)."""
@@ -165,7 +188,7 @@ class Predictions:
     @cached_property
     def _scored(self) -> _Scored:
         n_labels = int(self._ends[-1])
-        logprob, entropy = np.zeros(n_labels), np.zeros(n_labels)
+        logprob, entropy, divergence = np.zeros(n_labels), np.zeros(n_labels), np.zeros(n_labels)
         rank, top = np.zeros(n_labels, np.int64), np.zeros(n_labels, np.int64)
         value, ten = self._digit_table()
         is_digit = value >= 0
@@ -180,6 +203,10 @@ class Predictions:
                 lp, ent, more, best, normaliser = _reduce(logits, batch.label)
                 logprob[where], entropy[where] = lp, ent
                 rank[where], top[where] = more, best
+                if self.reference is not None:
+                    with evaluating(self.reference):
+                        wanted = labelled_logits(self.reference, batch)
+                    divergence[where] = label_kl(wanted, logits).double().cpu().numpy()
                 here = np.flatnonzero(is_digit[where])
                 ids = torch.as_tensor(ten[where[here]], device=logits.device)
                 chosen = logits[torch.as_tensor(here, device=logits.device)].gather(-1, ids)
@@ -188,7 +215,7 @@ class Predictions:
                 )
         found = np.flatnonzero(is_digit).astype(np.int64)
         digits = Digits(found, value[found], digit_logprob[found])
-        return _Scored(logprob, entropy, rank, top, digits)
+        return _Scored(logprob, entropy, rank, top, digits, divergence)
 
     def _digit_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Digit of each scored token (-1 for none) `label`, and the ten tokens of its spelling `label 10`."""

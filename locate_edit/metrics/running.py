@@ -1,19 +1,23 @@
-"""How metrics run a model: in evaluation mode, on batches whose logits fit in memory."""
+"""How metrics run models: in evaluation mode, on batches whose logits fit in memory, and side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from circuits.forward import output_projection
+from locate_edit.errors import PromptError
 from locate_edit.prompts import Batch, PromptSet
 
-__all__ = ["evaluating", "scored_batches"]
+__all__ = ["evaluating", "label_kl", "scored_batches"]
 
 # Logits of one batch are kept below this many numbers (512 MB in float32); a larger batch is split.
 _MOST_LOGITS = 2**27
+# Numbers of logits compared at once: a comparison needs a few tensors of this size.
+_CHUNK = 2**24
 
 
 def scored_batches(model: nn.Module, prompts: PromptSet, batch_size: int) -> Iterator[Batch]:
@@ -42,3 +46,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def label_kl(wanted: Tensor, got: Tensor) -> Tensor:
+    """KL(softmax(wanted) || softmax(got)) at each label: `label` (nats), from two sets of logits `label vocab`.
+
+    Raises:
+        PromptError: the vocabularies differ in size.
+    """
+    if wanted.shape != got.shape:
+        raise PromptError(
+            f"cannot compare models with vocabularies of {wanted.shape[-1]} and {got.shape[-1]} tokens. "
+            "Oracle and edited model must be the same kind of model."
+        )
+    rows = max(1, _CHUNK // wanted.shape[-1])
+    parts = []
+    for p_logits, q_logits in zip(wanted.split(rows), got.split(rows), strict=True):
+        log_p, log_q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
+        # Rounding can leave a divergence of nothing slightly below zero.
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0))
+    return torch.cat(parts)
