@@ -32,13 +32,19 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def entries_table(kind: catalog.Kind) -> str:
     """Name, what it does and its paper, for everything of one kind."""
-    rows = [(f"`{e.attribute}`", f"`{e.name}`", e.summary, paper_link(e.paper)) for e in catalog.entries(kind)]
+    rows = [
+        (f"`{e.attribute}`", f"`{e.name}`", e.summary, paper_link(e.paper))
+        for e in catalog.entries(kind)
+    ]
     return table(("class", "command line", "what it does", "paper"), rows)
 
 
 def metrics_table() -> str:
     """Name and definition of every metric."""
-    rows = [(f"`{e.module.rsplit('.', 1)[-1]}.{e.attribute}`", e.summary) for e in catalog.entries("metric")]
+    rows = [
+        (f"`{e.module.rsplit('.', 1)[-1]}.{e.attribute}`", e.summary)
+        for e in catalog.entries("metric")
+    ]
     return table(("metric", "what it measures"), rows)
 
 
@@ -59,13 +65,18 @@ def families_table() -> str:
     ordered = sorted(rows.items(), key=lambda item: item[0])
     return table(
         ("model types", "predicts", "MLP", "queries, keys, values"),
-        ((", ".join(names), _predicts(names), _mlp(family), _attention(family)) for names, family in ordered),
+        (
+            (", ".join(names), _predicts(names), _mlp(family), _attention(family))
+            for names, family in ordered
+        ),
     )
 
 
 def _predicts(names: tuple[str, ...]) -> str:
     targets = {"last": "next token", "mask": "masked tokens"}
-    return ", ".join(sorted({targets[f.target] for f in FAMILIES if f.names == names}, reverse=True))
+    return ", ".join(
+        sorted({targets[f.target] for f in FAMILIES if f.names == names}, reverse=True)
+    )
 
 
 def _mlp(family: Family) -> str:
@@ -89,7 +100,9 @@ def rewritten(text: str) -> str:
     }
     for name, content in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
-        text, count = pattern.subn(lambda match, content=content: match[1] + content + match[2], text)
+        text, count = pattern.subn(
+            lambda match, content=content: match[1] + content + match[2], text
+        )
         if count != 1:
             raise ValueError(f"README.md: expected one part marked {name!r}, found {count}")
     return text

@@ -43,7 +43,9 @@ def test_both_commands_set_themselves_up() -> None:
     main_job, tests = (block.strip() for block in blocks("bash")[:2])
     for command in (main_job, tests):
         assert "\n" not in command
-        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 && .venv/bin/pip install ")
+        assert command.startswith(
+            "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 && .venv/bin/pip install "
+        )
     assert main_job.endswith("&& .venv/bin/locate-edit demo")
     assert "pytest" in tests
 
@@ -54,7 +56,9 @@ def test_the_commands_of_the_command_line_exist() -> None:
     from locate_edit.cli import app
 
     group: Any = get_command(app)
-    for name, arguments in re.findall(r"^(?:\.venv/bin/)?locate-edit (\w+)((?:[^\n\\]|\\\n)*)", "\n".join(blocks("bash")), re.M):
+    for name, arguments in re.findall(
+        r"^(?:\.venv/bin/)?locate-edit (\w+)((?:[^\n\\]|\\\n)*)", "\n".join(blocks("bash")), re.M
+    ):
         known = {option for parameter in group.commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[\w-]+", arguments)) <= known
 
