@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from circuits.errors import SiteError
 
@@ -73,17 +74,48 @@ def labelled_logits(model: nn.Module, batch: Labelled) -> Tensor:
         logits: Tensor = model(**model_inputs(model, batch)).logits
     finally:
         handle.remove()
-    return logits[0].float()
+    return logits.squeeze(0).float()
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """Natural-log probability `label` of each label under ``logits`` `label vocab`.
 
-    Computed as the label's logit minus the log-sum-exp, so the log-probabilities of the rest of the vocabulary are
-    never stored.
+    Computed as the label's logit minus the log-sum-exp, a block of rows at a time: the log-probabilities
+    of the rest of the vocabulary are never stored, and the backward pass makes one tensor of the size
+    of the logits, their gradient. Differentiable once.
     """
-    chosen = logits.gather(-1, labels[:, None])[:, 0]
-    return chosen - torch.logsumexp(logits, dim=-1)
+    found: Tensor = _TokenLogProbs.apply(logits, labels)
+    return found
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """`token_log_probs` and its gradient, ``grad * (one_hot(label) - softmax(logits))``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        rows = _rows_of_block(logits)
+        total = torch.cat([torch.logsumexp(block, dim=-1) for block in logits.split(rows)])
+        ctx.save_for_backward(logits, labels, total)
+        return logits.gather(-1, labels[:, None])[:, 0] - total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, labels, total = ctx.saved_tensors
+        rows = _rows_of_block(logits)
+        into = torch.empty_like(logits)
+        for there, block, subtract, scale in zip(
+            *(tensor.split(rows) for tensor in (into, logits, total, grad)), strict=True
+        ):
+            torch.sub(block, subtract[:, None], out=there).exp_().mul_(-scale[:, None])
+        into.scatter_add_(1, labels[:, None], grad[:, None])
+        return into, None
+
+
+def _rows_of_block(logits: Tensor) -> int:
+    """Rows handled at once: on a CPU as many as stay in its cache, on a GPU as many as keep it busy."""
+    entries = 2**26 if logits.is_cuda else 2**18
+    return max(1, entries // logits.shape[-1])
 
 
 def model_inputs(model: nn.Module, batch: Labelled) -> dict[str, Any]:

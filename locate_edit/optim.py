@@ -65,8 +65,8 @@ class Optim:
         return 1.0
 
     def build(self, leaves: list[Tensor], lr: float) -> torch.optim.Optimizer:
-        """The torch optimizer over the packed leaves, fused where they lie on a GPU."""
-        fused = bool(leaves) and all(leaf.is_cuda for leaf in leaves)
+        """The torch optimizer over the packed leaves, as one fused kernel where torch has it."""
+        fused = bool(leaves) and all(leaf.device.type in ("cpu", "cuda") for leaf in leaves)
         if self.name == "sgd":
             return torch.optim.SGD(leaves, lr=lr, momentum=self.momentum, fused=fused or None)
         return torch.optim.AdamW(

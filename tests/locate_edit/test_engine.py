@@ -57,9 +57,11 @@ def test_a_full_mask_is_ordinary_fine_tuning(name: str, optimizer: str) -> None:
     optim = Optim(name=optimizer, momentum=0.9 if optimizer == "sgd" else 0.0)  # type: ignore[arg-type]
     edit(ours, FineTune(steps=5, lr=1e-2, optim=optim), None, forget=forget)
     if optimizer == "adamw":
-        reference: Any = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0)
+        reference: Any = torch.optim.AdamW(
+            theirs.parameters(), lr=1e-2, weight_decay=0.0, fused=True
+        )
     else:
-        reference = torch.optim.SGD(theirs.parameters(), lr=1e-2, momentum=0.9)
+        reference = torch.optim.SGD(theirs.parameters(), lr=1e-2, momentum=0.9, fused=True)
     train_ordinarily(theirs, forget, reference, 5)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
