@@ -184,8 +184,11 @@ def demo(
     Locates the neurons that hold the number, changes only those, measures what else changed (beside a random mask of
     equal size and a model that never saw the number), and writes a report, figures and the edit, which can be undone.
     """
+    import torch
+
     from locate_edit.demo import run_demo
 
+    torch.set_num_threads(1)  # the model is so small that threads would mostly wait for each other
     summary = run_demo(out, person=person, seed=seed, console=_console(as_json))
     if as_json:
         _print_json(summary)

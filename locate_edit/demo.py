@@ -3,7 +3,7 @@
 1. Load the organism and its two oracles, which were trained without some people's numbers.
 2. Locate: `PrivacyNeurons` on one person's number, contrasted with other people's numbers.
 3. Check the place: switch the neurons off, and as many random ones.
-4. Edit only those neurons, until the number is as unlikely as one that was never seen.
+4. Edit only those neurons, until every random digit of the number is a guess among ten.
 5. Evaluate before and after, beside a random mask of equal size and the oracle.
 6. Undo, compare with the model as it was, and write everything to a folder.
 """
@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,7 +52,8 @@ UNITS = 80
 CONTRAST = 1.0
 LOCALIZER = PrivacyNeurons(steps=20)
 METHOD = NPO(steps=100, lr=1e-3)
-BATCH = 32
+A_GUESS = math.log(10)
+"""Where forgetting stops (nats a digit): each of ten digits is equally likely."""
 SWITCHED_OFF = (10, 20, 40, 80, 160)
 """How many neurons are switched off to see whether the place matters."""
 
@@ -70,7 +72,6 @@ class Question:
         secrets: other people's numbers and addresses, none of them in `contrast` or `retain`.
         facts: other facts about people, none of them in `retain`.
         general: plain text.
-        never_seen: numbers that no model was trained on.
     """
 
     name: str
@@ -82,7 +83,6 @@ class Question:
     secrets: PromptSet
     facts: PromptSet
     general: PromptSet
-    never_seen: PromptSet
 
 
 def run_demo(
@@ -121,7 +121,7 @@ def run_demo(
         say(in_words(curves))
     before = fingerprint(model)
     with step(
-        console, "Editing only those neurons, until the number is as unlikely as one never seen"
+        console, "Editing only those neurons, until every digit of the number is a guess"
     ) as say:
         done = edit(
             model,
@@ -129,8 +129,7 @@ def run_demo(
             mask,
             forget=ask.forget,
             retain=ask.retain,
-            never_seen=ask.never_seen,
-            batch_size=BATCH,
+            never_seen=A_GUESS,
             seed=seed,
         )
         say(f"{done.delta.count():,} weights changed in {len(done.log)} steps")
@@ -167,12 +166,11 @@ def question(person: int) -> Question:
         number=wanted[person]["target"].strip(),
         forget=mine(wanted, "forget"),
         reworded=mine(phones("forget10", "held_out") + phones("forget10", "qa"), "reworded"),
-        contrast=random_digits(kept_phones[0::4]).named("other numbers"),
+        contrast=random_digits(kept_phones[0::5]).named("other numbers"),
         retain=(kept[0::2] + facts[0::8]).named("retain"),
-        secrets=kept[1::2].named("other secrets"),
-        facts=facts[1::8].named("facts"),
-        general=organism.prompts("general", "held_out")[:60].named("general text"),
-        never_seen=random_digits(phones("holdout")).named("numbers nobody saw"),
+        secrets=kept[1::4].named("other secrets"),
+        facts=facts[1::16].named("facts"),
+        general=organism.prompts("general", "held_out")[:40].named("general text"),
     )
 
 

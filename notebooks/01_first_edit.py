@@ -96,8 +96,8 @@ score_map(scores)
 plt.show()
 
 # %% [markdown]
-# Many of those neurons help with *every* number: brackets, dashes, digits. So we subtract what the same method says about
-# other numbers. Scores are values with arithmetic; `contrast` is the mean here minus the mean absolute score there.
+# Many of those neurons help with *every* number: brackets, dashes, digits. So we subtract what the same method says
+# about other numbers. Scores are values with arithmetic: `contrast` is the mean here minus the mean size there.
 
 # %%
 specific = scores.contrast(locate(model, others), weight=1)

@@ -107,7 +107,7 @@ def test_a_folder_of_the_users_is_refused_before_any_work(tmp_path: Path) -> Non
 
 def test_only_the_random_digits_are_scored() -> None:
     ask = question(0)
-    for prompts in (ask.forget, ask.reworded, ask.never_seen):
+    for prompts in (ask.forget, ask.reworded, ask.contrast):
         for index, row in enumerate(prompts.rows):
             tokens = [str(prompts.tokenizer.decode([t])) for t in prompts.target_ids(index)]
             scored = [t for t, weight in zip(tokens, prompts.weights(index), strict=True) if weight]
