@@ -246,7 +246,7 @@ class Scores:
         scores = torch.cat([s.flatten(1) for s in self.values.values()], dim=1)  # `prompt unit`
         largest = scores.amax(dim=1, keepdim=True)
         votes = ((scores >= above * largest) & (largest > 0)).sum(dim=0)
-        # Rounded first, so that a share such as 0.1 of 30 prompts means 3 of them whatever floating point says.
+        # Rounded first, so that a share such as 0.07 of 100 prompts means 7 of them whatever floating point says.
         chosen = votes >= ceil(round(share * self.n_prompts, 6))
         if keep is not None:
             _check_k(keep, None, "votes")
