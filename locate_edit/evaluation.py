@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -447,15 +448,20 @@ def _bar(show: bool, total: int) -> Iterator[Callable[[str, Callable[[], _State]
 def _about_mask(mask: Any, model: nn.Module) -> dict[str, Any]:
     if not isinstance(mask, ComponentMask):
         return {}
+    kinds = sorted({site.kind for site in mask.sites})
     about: dict[str, Any] = {
         "units": mask.count(),
         "of": mask.total(),
-        "kinds": sorted({site.kind for site in mask.sites}),
+        "kinds": kinds,
         "sites": {str(site): count for site, count in mask.counts().items()},
         "provenance": dict(mask.provenance),
     }
     try:
-        about["fraction_of_parameters"] = float(mask.fraction(describe(model)))
+        model_map = describe(model)
+        about["fraction_of_parameters"] = float(mask.fraction(model_map))
+        # Of the whole model, where the mask speaks about some of its layers only.
+        every = {site for kind in kinds for site in model_map.sites(kind)} | set(mask.sites)
+        about["of"] = sum(math.prod(model_map.shape(site)) for site in every)
     except UnknownFamily:
         pass  # a mask of named rows works on any model; only the share cannot be told
     text = str(mask)

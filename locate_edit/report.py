@@ -36,6 +36,7 @@ TITLES: Mapping[str, str] = {
 """What the columns are called in tables and figures."""
 
 FORMAT = 1
+_ARROWS = {"up": "\u2191", "down": "\u2193"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Line:
         metric: name of the metric.
         prompts: name of the prompt set.
         unit: of the numbers.
-        direction: "up" if a larger number means that the model knows the texts better, "down" if a smaller one does.
+        direction: "up" if a larger number means that the model knows the texts better, "down" if a smaller one
+            does, "distance" if the number tells how far the model is from another one.
         definition: what the number is, in a sentence.
         cells: the numbers, by state.
         values: the numbers item by item, by state; empty for a report read from a file.
@@ -221,10 +223,13 @@ class Report:
             if any(line.metric == "oracle_distance" for line in lines):
                 lines = [line for line in lines if line.metric != "oracle_kl"]  # the same, unscaled
             for index, line in enumerate(lines):
-                arrow = "\u2191" if line.direction == "up" else "\u2193"
                 cells = [str(line.cells.get(column, Cell(None))) for column in self.columns]
                 first = escape(self._set_title(name)) if index == 0 else ""
-                table.add_row(first, f"{escape(line.title)} {arrow}", *cells)
+                table.add_row(
+                    first,
+                    f"{escape(line.title)} {_ARROWS.get(line.direction, '')}".rstrip(),
+                    *cells,
+                )
             table.add_section()
         table.caption = self._caption()
         table.caption_justify = "left"
@@ -337,7 +342,7 @@ class Report:
         """One self-contained page: summary, tables and figures, no script and nothing to download."""
         from locate_edit.report_html import page
 
-        return page(self)
+        return page(self, self._images())
 
     def figures(self) -> dict[str, Figure]:
         """The figures by file name: every metric before and after, and the distance to the oracle if there is one."""
@@ -353,20 +358,28 @@ class Report:
         Returns:
             The folder.
         """
+        from locate_edit.report_html import page
+
         place = Path(folder)
-        files: dict[str, bytes] = {}
-        for name, figure in self.figures().items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=200)
-            files[f"{name}.png"] = buffer.getvalue()
+        images = self._images()
+        files = {f"{name}.png": image for name, image in images.items()}
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         files["report.json"] = f"{text}\n".encode()
         files["report.md"] = self.to_markdown().encode()
-        files["report.html"] = self.to_html().encode()
+        files["report.html"] = page(self, images).encode()
         for name, content in files.items():
             with atomic_file(place / name) as path:
                 path.write_bytes(content)
         return place
+
+    def _images(self) -> dict[str, bytes]:
+        """Every figure as the bytes of a PNG file: drawn once for the page and the files."""
+        images = {}
+        for name, figure in self.figures().items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=160)
+            images[name] = buffer.getvalue()
+        return images
 
     def __str__(self) -> str:
         """The table as text."""

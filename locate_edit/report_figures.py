@@ -141,7 +141,9 @@ def _plain_log_ticks(axis: Axis) -> None:
     """Numbers as people write them on a logarithmic axis, in between the powers too where the axis is short."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    few = high / low < 200
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
+from collections.abc import Mapping
 from html import escape
 
 from locate_edit.report import TITLES, Cell, Line, Report, number
@@ -27,6 +27,7 @@ auto; } img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0 0 .3rem 1.2rem; }
 """
 
+_BETTER = {"up": "larger", "down": "smaller", "distance": "(smaller: closer)"}
 _COLUMN_HELP = {
     "before": "the model as it was",
     "after": "the model with the edit",
@@ -35,16 +36,16 @@ _COLUMN_HELP = {
 }
 
 
-def page(report: Report) -> str:
-    """The whole page, style and figures inside."""
+def page(report: Report, images: Mapping[str, bytes]) -> str:
+    """The whole page, with its style and the given figures (PNG, by name) inside."""
     body = [
         "<h1>What the edit did</h1>",
         f'<p class="summary">{escape(report.summary)}</p>',
-        _columns_help(report),
-        "<h2>Numbers</h2>",
-        tables(report),
-        _figures(report),
         _examples(report),
+        _figures(images),
+        "<h2>Numbers</h2>",
+        _columns_help(report),
+        tables(report),
         _where(report),
         _undo(report),
         _definitions(report),
@@ -80,7 +81,7 @@ def tables(report: Report) -> str:
 
 def _row(report: Report, line: Line) -> str:
     cells = "".join(_number(line.cells.get(column, Cell(None))) for column in report.columns)
-    better = "larger" if line.direction == "up" else "smaller"
+    better = _BETTER[line.direction]
     return (
         f'<tr><td title="{escape(line.definition)}">{escape(line.title)} '
         f"<small>{escape(line.unit)}</small></td><td>{better}</td>{cells}</tr>"
@@ -101,15 +102,13 @@ def _columns_help(report: Report) -> str:
         f"<dt>{escape(TITLES[column])}</dt><dd>{escape(_COLUMN_HELP[column])}</dd>"
         for column in report.columns
     ]
-    return f"<h2>How to read it</h2><dl>{''.join(parts)}</dl>"
+    return f"<dl>{''.join(parts)}</dl>"
 
 
-def _figures(report: Report) -> str:
+def _figures(images: Mapping[str, bytes]) -> str:
     parts = []
-    for name, figure in report.figures().items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        code = base64.b64encode(buffer.getvalue()).decode("ascii")
+    for name, image in images.items():
+        code = base64.b64encode(image).decode("ascii")
         alt = escape(name.replace("_", " "))
         parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{code}"></figure>')
     return f"<h2>Figures</h2>{''.join(parts)}" if parts else ""

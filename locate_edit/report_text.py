@@ -11,6 +11,7 @@ __all__ = ["markdown", "summary"]
 
 # The distance headline has its own sentence; these are not the metric the other sentences are about.
 _DISTANCES = ("oracle_distance", "oracle_kl")
+_BETTER = {"up": "larger", "down": "smaller", "distance": "(smaller: closer)"}
 
 
 def summary(report: Report) -> str:
@@ -129,11 +130,11 @@ def markdown(report: Report) -> str:
             continue
         items = report.sets.get(name, {}).get("items")
         parts += [f"## {_cell(name)}" + (f" ({items} prompts)" if items is not None else ""), ""]
-        head = ["metric", "better known", *(TITLES[column] for column in report.columns)]
+        head = ["metric", "known better when", *(TITLES[column] for column in report.columns)]
         parts += [_row(head), _row(["---", "---", *(["---:"] * len(report.columns))])]
         for line in lines:
             cells = [str(line.cells.get(column, Cell(None))) for column in report.columns]
-            parts.append(_row([f"{line.title} ({line.unit})", line.direction, *cells]))
+            parts.append(_row([f"{line.title} ({line.unit})", _BETTER[line.direction], *cells]))
         parts.append("")
     if report.examples:
         parts += ["## What the model says", ""]

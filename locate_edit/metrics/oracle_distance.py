@@ -54,7 +54,7 @@ def oracle_distance(
     d_i(q) = sum_t w_t KL(p_oracle(. | t) || q(. | t)) / sum_t w_t over the scored tokens t of item i with weights w,
     the whole vocabulary entering the KL, in nats. ratio = mean_i d_i(edited) / mean_i d_i(other oracle): the mean
     over items of d_i in units of the mean between-oracle distance on the same items. 1.0 is the distance of another
-    retraining seed; direction: down is closer. All models see the same batches.
+    retraining seed; a smaller number is closer. All models see the same batches.
 
     Args:
         edited: the model in question.
@@ -79,32 +79,34 @@ def from_divergences(distance: Floats, noise: Floats | None, prompts: PromptSet)
         "oracle_kl",
         distance,
         unit="nats a token",
-        direction="down",
+        direction="distance",
         precondition=about,
         weights=counts,
     )
     name, unit = "oracle_distance", "noise floors"
     if noise is None:
         reason = "needs: a second oracle, trained with another seed, for the noise floor"
-        missing = Values.none(name, reason, unit=unit, direction="down")
-        return OracleDistance(missing, nats, Values.none("noise_floor", reason, direction="down"))
+        missing = Values.none(name, reason, unit=unit, direction="distance")
+        return OracleDistance(
+            missing, nats, Values.none("noise_floor", reason, direction="distance")
+        )
     floor = Values.make(
         "noise_floor",
         noise,
         unit="nats a token",
-        direction="down",
+        direction="distance",
         precondition=about,
         weights=counts,
     )
     if floor.estimate is None or floor.estimate < _NO_NOISE:
         reason = "needs: two oracles that differ; these two predict the same"
-        ratio = Values.none(name, reason, unit=unit, direction="down")
+        ratio = Values.none(name, reason, unit=unit, direction="distance")
     else:
         ratio = Values.make(
             name,
             distance,
             unit=unit,
-            direction="down",
+            direction="distance",
             precondition=about,
             weights=counts,
             reference=noise,

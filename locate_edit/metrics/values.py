@@ -13,7 +13,7 @@ from locate_edit.errors import PromptError
 
 __all__ = ["Direction", "Floats", "Values", "average_over_runs", "difference"]
 
-Direction = Literal["up", "down"]
+Direction = Literal["up", "down", "distance"]
 Floats = NDArray[np.float64]
 
 # Resamples drawn at once: bounds the memory of the bootstrap at about 100 MB whatever the number of items.
@@ -34,8 +34,8 @@ class Values:
         values: the values, `item` float64.
         weights: weight of each item in the average, `item` float64.
         unit: of the average, such as "nats a token" or "bits".
-        direction: "up" if a larger number means that the model knows the text better, "down" if a smaller
-            one does.
+        direction: "up" if a larger number means that the model knows the text better, "down" if a smaller one
+            does, "distance" if the number tells how far the model is from another one.
         scale: "plain" or "exp".
         reference: what the average is divided by, item by item, `item` float64, or None.
         withheld: why there is no number, if there is none; empty otherwise.

@@ -254,7 +254,7 @@ def real_edit(model: Any) -> Edit:
     tokenizer = byte_tokenizer()
     forget = PromptSet([("Ann Lee plays", " golf"), ("Bo", " 555-0123")], tokenizer, name="f")
     retain = PromptSet([("Cy", " chess"), "some plain text"], tokenizer, name="r")
-    mask = ComponentMask.parse("L0.neuron[0-9]; L1.neuron[3]", describe(model))
+    mask = ComponentMask.parse("L0.neuron[0-9 11]", describe(model))
     return edit(model, ZeroNeurons(), mask, forget=forget, retain=retain)
 
 
@@ -270,6 +270,7 @@ def test_an_edited_transformer_is_measured_and_left_as_it_was() -> None:
     model = tiny("llama").train()
     base = copy.deepcopy(model).eval()
     change = real_edit(model)
+    assert change.forget is not None
     edited = bits(model)
     oracle, other = tiny("llama", seed=8), tiny("llama", seed=9)
     report = evaluate(change, [likelihood, perplexity], oracle=oracle, other_oracle=other, seed=3)
@@ -287,7 +288,8 @@ def test_an_edited_transformer_is_measured_and_left_as_it_was() -> None:
     assert report.value("likelihood", column="random") == pytest.approx(by_hand, abs=1e-7)
     assert report.value("likelihood", column="random") != report.value("likelihood")
     assert report.mask["units"] == 11
-    assert report.mask["sites"] == {"L0.neuron": 10, "L1.neuron": 1}
+    assert report.mask["of"] == 80
+    assert report.mask["sites"] == {"L0.neuron": 11}
     assert 0 < report.mask["fraction_of_parameters"] < 0.1
     assert report.edit["method"]["name"] == "ZeroNeurons"
     change.undo()

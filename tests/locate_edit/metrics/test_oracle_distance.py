@@ -36,7 +36,7 @@ def test_hand_derived_distances() -> None:
     floor = (noise_a + (noise_b + noise_a) / 2) / 2
     assert found.ratio.estimate == pytest.approx(0.75 * after_a / floor, rel=1e-5)
     assert found.ratio.each == pytest.approx([after_a / floor, after_a / 2 / floor], rel=1e-5)
-    assert found.ratio.direction == "down"
+    assert found.ratio.direction == "distance"
 
 
 def test_another_retraining_is_at_one_and_the_oracle_itself_at_zero() -> None:
