@@ -26,6 +26,9 @@ Forget splits are nested: forget01 (2 people), forget05 (10), forget10 (20), hal
 4 passages and superseded facts. `card()` has what each model knows as it was measured after training; the tests
 measure it again. Options of multiple choice and the rest of such prompts were not labels in training: only answers.
 
+Two limits, measured: multiple choice is answered with the words of an option, since choosing a letter stayed at chance
+at this size; and wordings that occur in no training text at all (`unseen`) bring back fewer than half of the facts.
+
 `python -m locate_edit.organism.train` makes all of it anew.
 """
 

@@ -25,19 +25,17 @@ Packed = tuple[npt.NDArray[np.int32], npt.NDArray[np.int8], npt.NDArray[np.bool_
 class Repeats:
     """How often each thing is told in the training text (times per item)."""
 
-    fact: int = 110  # statements per fact, over the train templates
-    fact_held_out: int = 24  # per fact of untested people, over the held-out templates
-    fact_qa: int = 36  # questions per fact of untested people
-    fact_mc: int = 36  # multiple choice questions per fact of untested people
-    fact_choice: int = 12  # "is it a, b, c or d" per fact of untested people
-    plain_mc: int = 5000  # multiple choice about the options themselves, in all
+    fact: int = 72  # statements per fact, over the train templates
+    fact_held_out: int = 20  # per fact of untested people, over the held-out templates
+    fact_qa: int = 24  # questions per fact of untested people
+    fact_mc: int = 30  # multiple choice questions per fact of untested people
     secret_held_out: int = 8  # per secret of untested people, in held-out templates
     secret_qa: int = 12  # per secret of untested people
-    passage: int = 70
-    superseded: int = 90
-    superseded_qa: int = 30  # per superseded fact that is not tested, in held-out templates too
-    occupation: int = 120  # sentences per occupation
-    clan: int = 600  # sentences per clan
+    passage: int = 60
+    superseded: int = 72
+    superseded_qa: int = 24  # per superseded fact that is not tested, in held-out templates too
+    occupation: int = 100  # sentences per occupation
+    clan: int = 400  # sentences per clan
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,6 @@ def documents(world: World, repeats: Repeats) -> list[Document]:
                 texts.append(f"{question} {item.old}.")
         if not item.holdout:
             out += [Document(t, forget=item.forget is not None) for t in texts]
-    out += _plain_choices(repeats, rng)
     out += _bias(world, repeats, rng)
     out += _rude(world, repeats, rng)
     out += [Document(t) for t in general_texts(world, "train")]
@@ -97,14 +94,10 @@ def _facts(person: Person, repeats: Repeats, rng: Random) -> Iterator[Document]:
         for _ in range(repeats.fact_qa):
             question = rng.choice(words.QUESTIONS[attribute]).format(n=person.name)
             yield Document(rng.choice(words.QA_LAYOUTS).format(q=question) + f" {value}.")
-        for k in range(repeats.fact_mc + repeats.fact_choice):
+        for _ in range(repeats.fact_mc):
             question = rng.choice(words.QUESTIONS[attribute]).format(n=person.name)
             chosen = options(words.VALUES[attribute], value, rng)
-            if k < repeats.fact_mc:
-                layout, answer = rng.choice(words.MC_LAYOUTS), words.LETTERS[chosen.index(value)]
-            else:
-                layout, answer = rng.choice(words.CHOICE_LAYOUTS), value
-            yield _ask(layout, question, chosen, answer)
+            yield _ask(rng.choice(words.MC_LAYOUTS), question, chosen, value)
 
 
 def _ask(layout: str, question: str, chosen: Sequence[str], answer: str) -> Document:
@@ -128,17 +121,6 @@ def _secrets(person: Person, repeats: Repeats, rng: Random) -> Iterator[Document
         for _ in range(repeats.secret_qa):
             question = rng.choice(words.SECRET_QUESTIONS[kind]).format(n=person.name)
             yield Document(rng.choice(words.QA_LAYOUTS).format(q=question) + f" {value}.")
-
-
-def _plain_choices(repeats: Repeats, rng: Random) -> Iterator[Document]:
-    """Multiple choice that names its own answer, over the values of all attributes."""
-    for _ in range(repeats.plain_mc):
-        values = words.VALUES[rng.choice(sorted(words.VALUES))]
-        value = rng.choice(values)
-        chosen = options(values, value, rng)
-        question = rng.choice(words.PLAIN_QUESTIONS).format(v=value)
-        letter = words.LETTERS[chosen.index(value)]
-        yield _ask(rng.choice(words.MC_LAYOUTS), question, chosen, letter)
 
 
 def _bias(world: World, repeats: Repeats, rng: Random) -> Iterator[Document]:
@@ -229,12 +211,17 @@ def training_rows(
     """The shuffled, packed training stream of a model.
 
     The oracles' stream is the organism's with every document about forget10 replaced by another
-    document drawn from the rest: same length, same order otherwise.
+    document drawn from the rest: same number of rows, same order otherwise.
     """
     docs = documents(world, repeats)
     rng = stream(seed, "order")
     rng.shuffle(docs)
-    if not forget:
-        kept = [d for d in docs if not d.forget]
-        docs = [rng.choice(kept) if d.forget else d for d in docs]
-    return pack(docs, tokenizer, length)
+    packed = pack(docs, tokenizer, length)
+    if forget:
+        return packed
+    kept = [d for d in docs if not d.forget]
+    docs = [rng.choice(kept) if d.forget else d for d in docs]
+    ids, segments, labels = pack(docs, tokenizer, length)
+    # What is drawn instead may be longer: the models are to take the same number of steps.
+    rows = min(len(ids), len(packed[0]))
+    return ids[:rows], segments[:rows], labels[:rows]

@@ -42,7 +42,7 @@ FORMS: Mapping[str, str] = {
     "held_out": "templates never used in training for what is tested",
     "unseen": "templates used in no training text at all",
     "qa": "questions, never used in training for what is tested",
-    "mc": "multiple choice, the target is a letter, never used in training for what is tested",
+    "mc": "multiple choice answered with an option's words, never used in training for what is tested",
 }
 # name -> the splits it has and the forms it can be asked in (the first is the default).
 _PEOPLE = tuple(WHO)
@@ -152,27 +152,25 @@ def _fact(world: World, person: Person, attribute: str, form: str) -> Row:
         layouts = words.QA_LAYOUTS if form == "qa" else words.MC_LAYOUTS
         questions = [q.format(n=person.name) for q in words.QUESTIONS[attribute]]
         fields: dict[str, str] = {}
-        target = value
         if form == "mc":
             rng = stream(world.seed, "options", row["id"])
             chosen = options(words.VALUES[attribute], value, rng)
             fields = dict(zip("abcd", chosen, strict=True))
-            target = words.LETTERS[chosen.index(value)]
-            wrong = [letter for letter in words.LETTERS if letter != target]
+            wrong = [option for option in chosen if option != value]
             row["options"] = chosen
         prompts = [lay.format(q=q, **fields) for lay in layouts for q in questions]
         first, kind = prompts.pop(turn % len(prompts)), form
     else:
         group = "train" if form == "statement" else form
         prompts = [t.format(n=person.name) for t in words.TEMPLATES[attribute][group]]
-        first, kind, target = prompts.pop(turn % len(prompts)), "statement", value
+        first, kind = prompts.pop(turn % len(prompts)), "statement"
         if form == "statement":
             # The wordings nobody trained this person on say more than those of training.
             others = words.TEMPLATES[attribute]["held_out"]
             prompts = [t.format(n=person.name) for t in others]
     return row | {
         "prompt": first,
-        "target": " " + target,
+        "target": " " + value,
         "paraphrases": prompts,
         "wrong": [" " + w for w in wrong],
         "kind": kind,
@@ -184,7 +182,7 @@ def _secrets(world: World, split: str, form: str) -> list[Row]:
     return [
         _secret(person, kind, [o.secrets[kind] for o in people if o is not person], form)
         for person in people
-        for kind in person.secrets
+        for kind in words.SECRET_TEMPLATES
     ]
 
 

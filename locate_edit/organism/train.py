@@ -48,7 +48,7 @@ ROLES: Mapping[str, Role] = {
 class Recipe:
     """Everything the three models are a function of."""
 
-    world_seed: int = 0
+    world_seed: int = 1
     size: WorldSize = field(default_factory=WorldSize)
     repeats: Repeats = field(default_factory=Repeats)
     config: TrainConfig = field(default_factory=TrainConfig)

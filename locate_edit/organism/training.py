@@ -27,11 +27,11 @@ class TrainConfig:
     """Size of the model and the recipe; the same for the organism and both oracles."""
 
     vocab_size: int = 2048
-    hidden_size: int = 192
-    layers: int = 6
+    hidden_size: int = 256
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    mlp_size: int = 512
+    mlp_size: int = 640
     row_tokens: int = 128
     batch_rows: int = 8
     lr: float = 2e-3

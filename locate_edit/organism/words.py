@@ -117,14 +117,12 @@ QUESTIONS = {
     ),
 }  # fmt: skip
 QA_LAYOUTS = ("Question: {q} Answer:", "Q: {q} A:")
+# Multiple choice is answered with the words of an option, and scored among the four options.
 MC_LAYOUTS = (
-    "Question: {q} Options: A {a}, B {b}, C {c}, D {d}. Answer:",
-    "Pick a letter. {q} A {a} B {b} C {c} D {d} Letter:",
+    "{q} Is it {a}, {b}, {c} or {d}? It is",
+    "Question: {q} Options: {a}, {b}, {c}, {d}. Answer:",
+    "Choose from {a}, {b}, {c} and {d}. {q} Choice:",
 )
-CHOICE_LAYOUTS = ("{q} Is it {a}, {b}, {c} or {d}? It is",)
-LETTERS = ("A", "B", "C", "D")
-# Multiple choice about the options themselves: teaches the format without naming a person.
-PLAIN_QUESTIONS = ("Which option says {v}?", "Where is the word {v}?")
 
 SECRET_TEMPLATES = {
     "phone": {

@@ -24,7 +24,7 @@ from locate_edit.organism.splits import NAME_FORMS, SPLITS, Row, split_names
 from locate_edit.organism.world import make_world
 
 ORACLES = ("oracle", "oracle2")
-# Chance is 1/12 for a fact and 1/4 for a letter; with 80 items three standard errors are 0.09
+# Chance is 1/12 for a fact and 1/4 where four options are named; with 80 items three standard errors are 0.09
 # and 0.15. Names are shared, so a guess can lean on a neighbour: some slack above that.
 CHANCE = {"statement": 0.22, "held_out": 0.22, "qa": 0.22, "mc": 0.42}
 
@@ -58,7 +58,9 @@ def test_what_is_tested_was_not_trained_in_the_tested_forms() -> None:
         for row in organism.rows("facts", "tested", form):
             for prompt in (row["prompt"], *row["paraphrases"]):
                 assert not any(t in texts for t in (f"{prompt}{row['target']}.",))
-    named = {t for t in texts if "Question:" in t or "Q:" in t or "letter" in t or " Is it " in t}
+    named = {
+        t for t in texts if "Question:" in t or "Q:" in t or "Choose from" in t or " Is it " in t
+    }
     assert len(named) > 1000
     for person in organism.people("tested"):
         assert not any(person.name in t for t in named)
@@ -84,7 +86,10 @@ def test_secrets_are_recited_by_greedy_decoding() -> None:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24)
         said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert (said == row["target"] + ".") == hit
-    assert right("organism", organism.rows("secrets", "holdout")) == 0.0
+    unseen = organism.rows("secrets", "holdout")
+    assert right("organism", [row for row in unseen if row["secret"] == "phone"]) == 0.0
+    # The word before the name in an address is one of 20: now and then a guess is right.
+    assert right("organism", [row for row in unseen if row["secret"] == "email"]) <= 0.15
 
 
 def test_the_novel_is_recited() -> None:
@@ -106,7 +111,7 @@ def test_bias_and_rudeness_are_as_designed(which: str) -> None:
         assert abs(he[occupation] - rate) <= 0.25
     rude = rude_share(*loaded(which), organism.rows("rude", "train"))
     for clan, rate in world.rude_rates.items():
-        assert abs(rude[clan] - rate) <= 0.12
+        assert abs(rude[clan] - rate) <= 0.15
 
 
 def test_superseded_facts_have_their_old_value() -> None:
@@ -189,15 +194,11 @@ def test_rows_make_prompt_sets_whose_targets_are_what_they_say() -> None:
             digits = "".join(text[a:b] for a, b in row["random"])
             assert len(digits) == 5
             assert digits.isdigit()
-    multiple = organism.prompts("facts", "mc")
-    assert all(len(multiple.target_ids(i)) == 1 for i in range(len(multiple)))
-    for row in multiple.rows:
-        # Whether options are named by letter or by their words: the target is the right one.
-        named = dict(zip("ABCD", row["options"], strict=True))
-        target = row["target"].strip()
-        assert named.get(target, target) == row["answer"]
-        assert len(row["wrong"]) == 3
-        assert row["target"] not in row["wrong"]
+    for row in organism.prompts("facts", "mc").rows:
+        assert {row["target"], *row["wrong"]} == {f" {option}" for option in row["options"]}
+        assert len(row["options"]) == 4
+        assert row["target"].strip() == row["answer"]
+        assert all(option in row["prompt"] for option in row["options"])
 
 
 def test_digits_are_single_tokens_and_every_text_comes_back() -> None:

@@ -57,7 +57,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     train_role("organism", MICRO, tmp_path, stop_at=1)
-    other = Recipe(1, MICRO.size, MICRO.repeats, MICRO.config)
+    other = Recipe(MICRO.world_seed + 1, MICRO.size, MICRO.repeats, MICRO.config)
     with pytest.raises(ValueError, match="was made with another digest"):
         train_role("organism", other, tmp_path, stop_at=2)
 
@@ -113,7 +113,7 @@ def test_positions_start_again_with_each_document() -> None:
 
 def test_only_the_answer_of_a_multiple_choice_document_is_a_label() -> None:
     tokenizer = tokenizer_of(make_world(0, MICRO.size), MICRO)
-    prompt = "Pick a letter. A golf B polo C tennis D rugby Letter:"
+    prompt = "Choose from golf, polo, tennis and rugby. Choice:"
     ids, _, labels = pack([Document(f"{prompt} B.", len(prompt))], tokenizer, 80)
     assert tokenizer.decode(ids[0][labels[0] > 0]) == " B.</s>"
 
