@@ -84,10 +84,28 @@ def _control(report: Report) -> str:
         return f"{said}."
     share = (random - before) / (after - before)
     if share >= 0.8:
-        return f"{said}: the place made little difference, so this result does not show that the mask was well chosen."
+        return f"{said}: {_cost_elsewhere(report)}."
     if share <= 0.2:
         return f"{said}: the place mattered."
     return f"{said}, {share:.0%} of the change: the place mattered in part."
+
+
+def _cost_elsewhere(report: Report) -> str:
+    """What an equal effect on the forget set says about the place, from what the random mask cost elsewhere.
+
+    Looks at the sets that the edit itself left within a twentieth of what they were.
+    """
+    for name in report.set_names:
+        line = _headline(report, name) if name != "forget" else None
+        if line is None or line.value("random") is None:
+            continue
+        before, after, random = (line.value(c) or 0.0 for c in ("before", "after", "random"))
+        if abs(after - before) <= 0.05 * abs(before) < abs(random - before):
+            return (
+                f"as much, but at a price that the mask does not have: {name} {line.title} goes from "
+                f"{number(before)} to {number(random)}, with the mask to {number(after)}"
+            )
+    return "the place made little difference, so this result does not show that the mask was well chosen"
 
 
 def _distance(report: Report) -> str:
@@ -97,13 +115,17 @@ def _distance(report: Report) -> str:
     line = lines[0]
     after, before = line.value("after") or 0.0, line.value("before")
     was = "" if before is None else f" (before: {number(before)})"
-    verdict = (
-        "it cannot be told from a retrained model by this measure"
-        if after <= 1.0
-        else "close to a retrained model"
-        if after <= 2.0
-        else "still far from a retrained model"
-    )
+    if before is not None and after > 0.9 * before:
+        verdict = (
+            "no nearer than before the edit. Where a model that never learned them makes a confident guess of its own, "
+            "forgetting does not bring another model to the same guess"
+        )
+    elif after <= 1.0:
+        verdict = "it cannot be told from a retrained model by this measure"
+    elif after <= 2.0:
+        verdict = "close to a retrained model"
+    else:
+        verdict = "still far from a retrained model"
     return (
         f"Its distance from a model retrained without these prompts is {number(after)}{was}, where 1.0 is the distance "
         f"between two such models: {verdict}."

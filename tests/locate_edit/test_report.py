@@ -168,6 +168,31 @@ def test_the_summary_tells_when_the_place_made_no_difference_and_when_forgetting
     assert alone.summary == "Measured on tiny, without an edit."
 
 
+def test_the_summary_says_when_a_random_mask_does_as_much_but_costs_more_elsewhere() -> None:
+    forget = line("likelihood", "forget", {"before": 0.98, "after": 0.1, "random": 0.11})
+    harmed = line("likelihood", "retain", {"before": 0.9, "after": 0.89, "random": 0.5})
+    text = sample(lines=(forget, harmed)).summary
+    assert (
+        "as much, but at a price that the mask does not have: retain likelihood goes from" in text
+    )
+    assert "0.900 to 0.500, with the mask to 0.890" in text
+    also = line("likelihood", "retain", {"before": 0.9, "after": 0.4, "random": 0.3})
+    assert "the place made little difference" in sample(lines=(forget, also)).summary
+
+
+def test_the_summary_does_not_praise_a_distance_that_did_not_fall() -> None:
+    distance = {"before": 1.56, "after": 1.57, "oracle": 1.0}
+    likelihood = {"before": 0.98, "after": 0.1, "oracle": 0.12}
+    lines = (
+        line("oracle_distance", "forget", distance, "noise floors", "distance"),
+        line("likelihood", "forget", likelihood),
+    )
+    text = sample(lines=lines).summary
+    assert "is 1.57 (before: 1.56)" in text
+    assert "no nearer than before the edit" in text
+    assert "close to a retrained model" not in text
+
+
 def test_markdown_keeps_foreign_text_inside_its_cell() -> None:
     text = sample().to_markdown()
     assert "| likelihood (probability) | larger | 0.980 [0.882, 1.08] |" in text
