@@ -107,7 +107,7 @@ def evaluate(
         batch_size: rows a forward pass.
         n_bootstrap: resamples of the bootstrap intervals.
         level: coverage of the intervals (fraction).
-        examples: how many prompts of each set to show with the model's own words.
+        examples: how many prompts of the first set to show with the model's own words, and one of each other set.
         undo: lines that tell how to take the edit back; None of them gives the general ones.
         progress: show a progress bar on standard error.
 
@@ -233,7 +233,7 @@ class _Run:
     def _say(self, name: str, predictions: Predictions, state: _State) -> None:
         """The model's own words on the first items of a set."""
         prompts = predictions.prompts
-        shown = list(range(min(self.n_examples, len(prompts))))
+        shown = self._shown(name)
         if not shown:
             return
         if prompts.masked:
@@ -246,11 +246,17 @@ class _Run:
         for index, tokens in zip(shown, said, strict=True):
             state.words[name, index] = str(prompts.tokenizer.decode(tokens))
 
+    def _shown(self, name: str) -> list[int]:
+        """Items of a set to show: plain text has no question to answer; of other sets than the first one will do."""
+        asked = [i for i, row in enumerate(self.sets[name]) if row.get("target") is not None]
+        first = name == next(iter(self.sets))
+        return asked[: self.n_examples if first else min(1, self.n_examples)]
+
     def examples(self, states: Mapping[str, _State]) -> tuple[Example, ...]:
         """The items that every state said something to."""
         found = []
         for name, prompts in self.sets.items():
-            for index in range(min(self.n_examples, len(prompts))):
+            for index in self._shown(name):
                 decode = prompts.tokenizer.decode
                 before = decode(prompts.prompt_ids(index), skip_special_tokens=True)
                 target = decode(prompts.target_ids(index)[:_EXAMPLE_TOKENS])

@@ -190,6 +190,6 @@ def _footer(figure: Figure, report: Report, how: str) -> None:
     method = str(report.edit.get("method", {}).get("name", "")) if report.edit else ""
     about = ", ".join(part for part in (name, method) if part)
     # The layout makes room for the height of this text but does not break it into lines.
-    width = max(40, int(figure.get_figwidth() * 17))
+    width = max(40, int(figure.get_figwidth() * 18))
     text = "\n".join(textwrap.wrap(f"{about}; {how}{whiskers}", width))
     figure.supxlabel(text, fontsize=7.5, color="#5f6368")

@@ -24,6 +24,7 @@ td.n small { display: block; color: #5f6368; } .muted, small { color: #5f6368; }
 tr.set td { background: #f7f8fa; font-weight: 600; }
 code, pre { font: .88rem/1.45 ui-monospace, monospace; } pre { background: #f7f8fa; padding: .8rem 1rem; overflow-x:
 auto; } img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
+td code { overflow-wrap: anywhere; } td.q { min-width: 13rem; }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0 0 .3rem 1.2rem; }
 """
 
@@ -120,7 +121,8 @@ def _examples(report: Report) -> str:
     states = [c for c in report.columns if any(c in e.outputs for e in report.examples)]
     head = "".join(f"<th>{escape(TITLES[column])}</th>" for column in states)
     rows = "".join(
-        f"<tr><td>{escape(example.prompts)}</td><td><code>{escape(example.prompt)}</code></td>"
+        f"<tr><td>{escape(example.prompts)}</td>"
+        f'<td class="q"><code>{escape(example.prompt)}</code></td>'
         f"<td><code>{escape(example.target)}</code></td>"
         + "".join(f"<td><code>{escape(example.outputs.get(c, ''))}</code></td>" for c in states)
         + "</tr>"

@@ -205,7 +205,8 @@ class Predictions:
                 rank[where], top[where] = more, best
                 if self.reference is not None:
                     with evaluating(self.reference):
-                        wanted = labelled_logits(self.reference, batch)
+                        there = batch.to(next(self.reference.parameters()).device)
+                        wanted = labelled_logits(self.reference, there).to(logits.device)
                     divergence[where] = label_kl(wanted, logits).double().cpu().numpy()
                 here = np.flatnonzero(is_digit[where])
                 ids = torch.as_tensor(ten[where[here]], device=logits.device)

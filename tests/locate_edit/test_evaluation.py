@@ -242,6 +242,9 @@ def test_the_models_own_words_are_shown() -> None:
     assert example.outputs["before"] == "b"
     assert example.outputs["after"] != "b"
     assert len(report.examples) == 2  # one of each set
+    more = evaluate(fake, [nll], examples=2, others={"text": PromptSet(["a b c"], TOKENIZER)})
+    # Two of the first set, one of the second, none of plain text.
+    assert [example.prompts for example in more.examples] == ["forget", "forget", "retain"]
     masked = PromptSet([("Ann", " golf")], byte_tokenizer(mask=True))
     words = evaluate(tiny("bert"), [likelihood], forget=masked).examples[0].outputs["before"]
     assert len(words) > 0
