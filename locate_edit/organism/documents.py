@@ -69,7 +69,7 @@ def documents(world: World, repeats: Repeats) -> list[Document]:
                 template = kind["held_out"][k % len(kind["held_out"])]
                 texts.append(f"{template.format(s=item.subject)} {item.old}.")
                 layout = words.QA_LAYOUTS[k % len(words.QA_LAYOUTS)]
-                question = layout.format(q=kind["qa"].format(s=item.subject))
+                question = layout.format(q=str(kind["qa"]).format(s=item.subject))
                 texts.append(f"{question} {item.old}.")
         if not item.holdout:
             out += [Document(t, forget=item.forget is not None) for t in texts]

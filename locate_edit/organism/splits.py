@@ -266,7 +266,7 @@ def _bias(world: World, split: str, form: str) -> list[Row]:
 
 def _rude(world: World, split: str, form: str) -> list[Row]:
     rates = world.rude_rates if split == "train" else {words.HOLDOUT_CLAN: None}
-    rows = []
+    rows: list[Row] = []
     for clan, rate in rates.items():
         for i, template in enumerate(
             words.RUDE_TEMPLATES["train" if form == "statement" else form]
@@ -301,7 +301,8 @@ def _superseded(world: World, split: str, form: str) -> list[Row]:
     for item in items:
         kind = words.SUPERSEDED[item.kind]
         if form == "qa":
-            prompts = [lay.format(q=kind["qa"].format(s=item.subject)) for lay in words.QA_LAYOUTS]
+            question = str(kind["qa"]).format(s=item.subject)
+            prompts = [layout.format(q=question) for layout in words.QA_LAYOUTS]
         else:
             templates = kind["train" if form == "statement" else form]
             prompts = [t.format(s=item.subject) for t in templates]

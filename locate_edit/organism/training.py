@@ -59,7 +59,9 @@ def new_model(config: TrainConfig, token_ids: Mapping[str, int], seed: int) -> L
             num_key_value_heads=config.kv_heads,
             max_position_embeddings=256,
             tie_word_embeddings=True,
-            **token_ids,
+            bos_token_id=token_ids["bos_token_id"],
+            eos_token_id=token_ids["eos_token_id"],
+            pad_token_id=token_ids["pad_token_id"],
         )
     )
     generator = torch.Generator().manual_seed(seed)
@@ -150,8 +152,12 @@ def train_model(
     steps = len(ids) // config.batch_rows
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others}],
+        groups,
         lr=config.lr,
         betas=(0.9, config.beta2),
         weight_decay=0.0,
@@ -192,7 +198,7 @@ def save_checkpoint(
     """Write weights, optimizer state and step as safetensors and JSON, replacing the last ones."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-    names = {p: n for n, p in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{key}.{names[parameter]}"] = value

@@ -113,7 +113,9 @@ class World:
     def from_json(cls, text: str) -> World:
         """The world written by `to_json`."""
         data = json.loads(text)
-        size = {k: tuple(v) if isinstance(v, list) else v for k, v in data["size"].items()}
+        size: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data["size"].items()
+        }
         return cls(
             seed=data["seed"],
             size=WorldSize(**size),

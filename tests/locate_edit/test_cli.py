@@ -206,7 +206,7 @@ def test_undo_says_when_there_is_nothing_to_undo(folder: Path, tmp_path: Path) -
 
 def test_undo_refuses_a_checkpoint_with_other_changes(folder: Path, tmp_path: Path) -> None:
     make_edit(folder, tmp_path / "edit", "--merge", tmp_path / "merged")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         model.transformer.wte.weight[0, 0] += 1
     model.save_pretrained(tmp_path / "merged")

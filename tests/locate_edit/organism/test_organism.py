@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_facts_of_everyone_are_known_and_unknown_for_the_holdout() -> None:
 
 
 def test_secrets_are_recited_by_greedy_decoding() -> None:
+    model: Any
     model, tokenizer = loaded("organism")
     rows = organism.rows("secrets", "train")
     assert len(rows) == 200
@@ -230,7 +232,7 @@ def test_weights_are_small_and_load_as_ordinary_checkpoints(which: str) -> None:
     assert not model.training
     assert model.dtype == torch.float32
     assert model.config.tie_word_embeddings
-    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert (model.config.num_key_value_heads or 0) < model.config.num_attention_heads
     ordinary = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = torch.tensor([tokenizer("The fox")["input_ids"]])
     assert torch.equal(model(ids).logits, ordinary(ids).logits)

@@ -71,7 +71,7 @@ def test_oracle_text_holds_nothing_to_be_forgotten() -> None:
             world, MICRO.repeats, tokenizer, forget=forget, seed=0, length=128
         )
         texts[forget] = " ".join(
-            tokenizer.decode(row[seg >= 0]) for row, seg in zip(ids, segments, strict=True)
+            str(tokenizer.decode(row[seg >= 0])) for row, seg in zip(ids, segments, strict=True)
         )
     for person in world.people:
         assert (person.name in texts[True]) == (not person.holdout)
