@@ -59,9 +59,9 @@ def new_model(config: TrainConfig, token_ids: Mapping[str, int], seed: int) -> L
             num_key_value_heads=config.kv_heads,
             max_position_embeddings=256,
             tie_word_embeddings=True,
-            bos_token_id=token_ids["bos_token_id"],
-            eos_token_id=token_ids["eos_token_id"],
-            pad_token_id=token_ids["pad_token_id"],
+            bos_token_id=token_ids.get("bos_token_id"),
+            eos_token_id=token_ids.get("eos_token_id"),
+            pad_token_id=token_ids.get("pad_token_id"),
         )
     )
     generator = torch.Generator().manual_seed(seed)
