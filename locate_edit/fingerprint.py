@@ -15,7 +15,7 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Checksum of every parameter by name: dtype, shape, and a hash that any changed entry changes.
 
-    The hash covers the exact 64-bit sum of all entries' bit patterns (one pass at memory speed, the
+    The hash covers the 64-bit sum of all entries' bit patterns (one pass at memory speed, the
     same on every device) and 4096 evenly spaced entries in order. It recognises models; it is no
     protection against a forger.
     """
@@ -41,9 +41,24 @@ def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | N
 
 
 def _checksum(parameter: Tensor) -> str:
-    bits = parameter.contiguous().view(-1).view(_INTEGER[parameter.element_size()])
-    total = bits.sum(dtype=torch.int64)
-    sample = bits[:: max(1, len(bits) // SAMPLES)].to("cpu", torch.int64)
-    digest = hashlib.sha256(sample.numpy().tobytes() + str(int(total)).encode()).hexdigest()[:16]
+    flat = parameter.contiguous().view(-1)
+    sample = flat.view(_INTEGER[flat.element_size()])[:: max(1, len(flat) // SAMPLES)]
+    digest = hashlib.sha256(sample.to("cpu", torch.int64).numpy().tobytes())
+    digest.update(str(_sum_of_bits(flat)).encode())
     dtype = str(parameter.dtype).removeprefix("torch.")
-    return f"{dtype} {'x'.join(map(str, parameter.shape))} {digest}"
+    return f"{dtype} {'x'.join(map(str, parameter.shape))} {digest.hexdigest()[:16]}"
+
+
+def _sum_of_bits(flat: Tensor) -> int:
+    """Sum of ``flat``'s memory read as 64-bit words (modulo 2**64), the last entries one by one.
+
+    Whole words are an order of magnitude faster than widening every entry, and a single changed entry
+    still changes exactly one word.
+    """
+    size = flat.element_size()
+    whole = len(flat) - len(flat) % (8 // size)
+    if flat.storage_offset() * size % 8:
+        flat = flat.clone()  # words must be aligned
+    words = flat[:whole].view(torch.int64).sum()
+    rest = flat[whole:].view(_INTEGER[size]).sum(dtype=torch.int64)
+    return int(words + rest)

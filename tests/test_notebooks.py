@@ -34,7 +34,6 @@ def test_notebook_matches_its_source_and_is_stored_with_outputs(file: Path) -> N
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_notebook_runs(file: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(file, as_version=4)

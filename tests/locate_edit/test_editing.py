@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from circuits import ComponentMask, Site
 from locate_edit import Edit, EditError, edit
+from locate_edit.fingerprint import fingerprint
 from locate_edit.methods.fine_tune import FineTune
 from locate_edit.methods.zero_neurons import ZeroNeurons
 from tests.locate_edit.engine_setting import differing, entries, model, prompts, some_units, state
@@ -120,6 +121,28 @@ def test_an_edit_of_another_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(EditError, match=f"another base model: .*({match})"):
             loaded.apply(other)
         assert not differing(other, before)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_a_fingerprint_notices_any_single_changed_entry(dtype: torch.dtype) -> None:
+    holder = torch.nn.Linear(
+        7, 9, dtype=dtype
+    )  # an odd number of entries: some outside whole words
+    before = fingerprint(holder)
+    for name, parameter in holder.named_parameters():
+        for place in (0, 3, parameter.numel() - 1):
+            with torch.no_grad():
+                flat = parameter.view(-1)
+                kept = flat[place].clone()
+                flat[place] = kept + kept.abs() * 0.01 + 0.01
+            after = fingerprint(holder)
+            assert [n for n in before if before[n] != after[n]] == [name]
+            with torch.no_grad():
+                parameter.view(-1)[place] = kept
+    assert fingerprint(holder) == before
+    odd = torch.nn.Linear(7, 9, dtype=dtype)
+    odd.weight = torch.nn.Parameter(torch.randn(64, dtype=dtype)[1:].view(9, 7))  # not word-aligned
+    assert fingerprint(odd)["weight"]
 
 
 def test_stacking_on_another_edit_is_asked_for(tmp_path: Path) -> None:
