@@ -123,7 +123,7 @@ def test_an_edit_of_another_model_is_refused(tmp_path: Path) -> None:
         assert not differing(other, before)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_fingerprint_notices_any_single_changed_entry(dtype: torch.dtype) -> None:
     holder = torch.nn.Linear(
         7, 9, dtype=dtype
