@@ -46,7 +46,7 @@ from locate_edit.storage import atomic_folder, check_folder
 from locate_edit.tokens import TokenMask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNITS = 80
 CONTRAST = 1.0
@@ -284,7 +284,7 @@ def write(
     place: Path,
     report: Report,
     done: Edit,
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     scores: Scores,
     curves: Curves,
@@ -316,9 +316,11 @@ def where(scores: Scores, curves: Curves, ask: Question) -> Figure:
 def overview(report: Report, scores: Scores, curves: Curves, ask: Question) -> Figure:
     """The whole story in one picture."""
     figure = _figure(11.0, 6.4)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    top, bottom = parts
     left, right = top.subplots(1, 2, width_ratios=(1.5, 1))
     score_map(scores, top=UNITS, ax=left)
+    left.set_title("")  # its own, in the middle
     left.set_title(
         f"1. Locate: neurons that hold {ask.name}'s number and no other", size=10, loc="left"
     )
