@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from circuits import ModelMap
+from circuits import ModelMap, Site
 from circuits.forward import labelled_logits, token_log_probs
 from locate_edit.delta import Change, Delta
 from locate_edit.errors import EditError
@@ -432,7 +432,19 @@ class Run:
         start = min(start, self.model_map.n_layers - 1)
         if start < 1 or not self.settings.reuse_prefix_bytes:
             return None
-        return PrefixCache(self.model, self._layers(), start, self.settings.reuse_prefix_bytes)
+        memory = self.settings.reuse_prefix_bytes
+        return PrefixCache(self.model, self._layers(), start, memory, self._frozen_attention(start))
+
+    def _frozen_attention(self, start: int) -> nn.Module | None:
+        """The attention of the lowest edited block, if only the block's MLP is edited: it runs before that.
+
+        Not with gradient checkpointing, whose second run of the block happens when nothing is supplied.
+        """
+        mlp = {piece.parameter for piece in self.model_map.slices(Site(start, "mlp"))}
+        edited = [s.name for s in self.slots if self.model_map.lowest_layer(s.name) == start]
+        if self.settings.gradient_checkpointing or not mlp.issuperset(edited):
+            return None
+        return self.model_map.layer_module(start).get_submodule(self.model_map.family.attn[0])
 
 
 def _batches(prompts: PromptSet, size: int, seed: int) -> Iterator[Batch]:

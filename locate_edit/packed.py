@@ -112,9 +112,9 @@ class _Affine(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ (weight if input_dim == 1 else weight.t()).to(grad.dtype)).to(
-                ctx.x_dtype
-            )
+            across = weight if input_dim == 1 else weight.t()
+            grad_x = (flat @ across.to(grad.dtype)).to(ctx.x_dtype)
+            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
         if ctx.needs_input_grad[1]:
             inputs = kept.reshape(-1, kept.shape[-1]).to(grad.dtype)
             grad_weight = _weight_gradient(inputs, flat, ctx.weight_selection, input_dim).to(
@@ -159,9 +159,7 @@ class _Lookup(torch.autograd.Function):
     """An embedding's own forward, and the gradient of its selected rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, leaf: Tensor, forward: Forward, place: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, leaf: Tensor, forward: Forward, place: Tensor) -> Tensor:
         """``place`` is `vocab`: the packed row of every token, or the number of packed rows for tokens left out."""
         ctx.save_for_backward(ids)
         ctx.place, ctx.shape, ctx.dtype = place, leaf.shape, leaf.dtype
@@ -171,28 +169,24 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
-        rows = ids if ctx.place is None else ctx.place[ids]
         n_rows, width = ctx.shape
-        total = torch.zeros(
-            n_rows + 1, width, dtype=ctx.dtype, device=grad.device
-        )  # the last row takes the rest
-        total.index_add_(0, rows.reshape(-1), grad.reshape(-1, width).to(ctx.dtype))
+        # One row more than needed takes the gradients of tokens left out.
+        total = torch.zeros(n_rows + 1, width, dtype=ctx.dtype, device=grad.device)
+        rows = ctx.place[ids].reshape(-1)
+        total.index_add_(0, rows, grad.reshape(-1, width).to(ctx.dtype))
         return None, total[:n_rows], None, None
 
 
 def _embedding_forward(module: nn.Embedding, selection: Lines, leaf: Tensor) -> Forward:
-    forward = module.forward
-    place = None
-    if selection.dims:
-        index = selection.index[0]
-        place = torch.full((module.num_embeddings,), len(index), device=index.device)
-        place[index] = torch.arange(len(index), device=index.device)
-    padding = module.padding_idx  # its row never receives a gradient in torch either
+    forward, n_rows = module.forward, len(leaf)
+    place = torch.full((module.num_embeddings,), n_rows, device=leaf.device)
+    index = selection.index[0] if selection.dims else torch.arange(n_rows, device=leaf.device)
+    place[index] = torch.arange(n_rows, device=leaf.device)
+    if module.padding_idx is not None:
+        place[module.padding_idx] = n_rows  # this row never receives a gradient in torch either
 
     def patched(ids: Tensor) -> Tensor:
         y: Tensor = _Lookup.apply(ids, leaf, forward, place)
-        if padding is not None:
-            y = torch.where((ids == padding)[..., None], y.detach(), y)
         return y
 
     return patched
