@@ -65,7 +65,7 @@ class Levels:
 
     def push(self, items: Sequence[int], nll: Tensor) -> Tensor:
         """Push `item` in [-1, 1]: the distance of each ``nll`` to its level over the margin."""
-        at = torch.as_tensor(items, device=self.target.device)
+        at = torch.as_tensor(items).to(self.target.device, non_blocking=True)
         gap = self.target[at] - nll.to(self.target.dtype)
         self._seen_there[at] = gap.abs() <= self.margin
         return (gap / self.margin).clamp(-1.0, 1.0).to(nll.dtype)

@@ -65,14 +65,20 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
+        # A copy to a GPU need not wait for the work queued there; one from a GPU must.
+        soon = torch.device(device).type == "cuda"
+
+        def there(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=soon)
+
         return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.row.to(device),
-            self.pos.to(device),
-            self.label.to(device),
-            self.item.to(device),
-            self.weight.to(device),
+            there(self.input_ids),
+            there(self.attention_mask),
+            there(self.row),
+            there(self.pos),
+            there(self.label),
+            there(self.item),
+            there(self.weight),
             self.items,
         )
 
