@@ -9,6 +9,7 @@ __all__ = [
     "LocateEditError",
     "MaskError",
     "PromptError",
+    "RewardError",
     "SiteError",
     "UnknownFamily",
 ]
@@ -20,3 +21,7 @@ class PromptError(LocateEditError):
 
 class EditError(LocateEditError):
     """An edit that cannot be made, loaded or applied; the model is as it was."""
+
+
+class RewardError(LocateEditError):
+    """A reward that cannot be found, or that does not give one finite number for each continuation."""

@@ -467,6 +467,69 @@ class PromptSet:
         )
         return self._derive(self._rows, tokens, self._weights, self._name if name is None else name)
 
+    def continued(
+        self,
+        indices: Sequence[int],
+        continuations: Sequence[Sequence[int]],
+        *,
+        name: str | None = None,
+    ) -> PromptSet:
+        """The prompts at ``indices`` with other tokens behind them, all of which are scored.
+
+        Tokens are taken as they are: reading a sampled text again could give others. The rows keep their text.
+
+        Args:
+            indices: items whose prompt, what stands before the first scored token, is kept; one may come often.
+            continuations: token ids for each, at least one.
+            name: what to call the set.
+
+        Raises:
+            PromptError: a masked set, not one continuation for each index, or an empty one.
+        """
+        if self._masked:
+            raise PromptError(f"{self!r} is for a masked model, which does not continue text.")
+        if not indices or len(indices) != len(continuations) or not all(map(len, continuations)):
+            raise PromptError(
+                f"{self!r}: expected a continuation of one token at least for each of {len(indices)} items."
+            )
+        tokens = []
+        for index, added in zip(indices, continuations, strict=True):
+            start = self.prompt_ids(index)
+            places = tuple(range(len(start), len(start) + len(added)))
+            tokens.append(Tokens((*start, *added), places, (False,) * len(added)))
+        rows = tuple(self._rows[index] for index in indices)
+        return self._derive(rows, tuple(tokens), None, self._name if name is None else name)
+
+    def preceded(self, ids: Sequence[Sequence[int]], *, name: str | None = None) -> PromptSet:
+        """The same items with tokens in front, behind the start token where an item begins with it.
+
+        What is scored stays scored. Metrics then measure the model under the condition that such tokens set.
+
+        Args:
+            ids: token ids for each item.
+            name: what to call the set.
+
+        Raises:
+            PromptError: not one list for each item.
+        """
+        if len(ids) != len(self):
+            raise PromptError(f"{self!r}: expected tokens for {len(self)} items, got {len(ids)}.")
+        start = self._tokenizer.bos_token_id
+        tokens = []
+        for old, added in zip(self._tokens, ids, strict=True):
+            at = int(start is not None and old.ids[0] == start)
+            tokens.append(
+                replace(
+                    old,
+                    ids=(*old.ids[:at], *added, *old.ids[at:]),
+                    scored=tuple(position + len(added) for position in old.scored),
+                    subject=tuple(position + len(added) for position in old.subject),
+                )
+            )
+        return self._derive(
+            self._rows, tuple(tokens), self._weights, self._name if name is None else name
+        )
+
     # ---- batches ---------------------------------------------------------------------------------
 
     def batch(self, indices: Iterable[int]) -> Batch:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from locate_edit.errors import PromptError
 from locate_edit.metrics.running import evaluating
 from locate_edit.prompts import PromptSet
+from locate_edit.sampling import check_lengths, decode, end_tokens
 
 __all__ = ["generate", "greedy"]
 
@@ -50,7 +48,7 @@ def generate(
         len(prompts.target_ids(i)) if max_new_tokens is None else max_new_tokens
         for i in range(len(prompts))
     ]
-    return greedy(model, starts, lengths, ends=_end_tokens(model, prompts), batch_size=batch_size)
+    return greedy(model, starts, lengths, ends=end_tokens(model, prompts), batch_size=batch_size)
 
 
 def greedy(
@@ -73,93 +71,14 @@ def greedy(
     Raises:
         PromptError: an empty start, or a continuation that would not fit the model's context.
     """
-    _check_lengths(model, starts, lengths)
+    check_lengths(model, starts, lengths)
     # Rows that stop together and have similar lengths share a batch: the least padding and idle work.
     order = sorted(range(len(starts)), key=lambda i: (-lengths[i], -len(starts[i]), i))
     results: list[list[int]] = [[] for _ in starts]
     with evaluating(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            rows = _decode(model, [starts[i] for i in chosen], [lengths[i] for i in chosen], ends)
+            rows = decode(model, [starts[i] for i in chosen], [lengths[i] for i in chosen], ends)
             for index, row in zip(chosen, rows, strict=True):
                 results[index] = row
     return results
-
-
-@torch.no_grad()
-def _decode(
-    model: nn.Module,
-    starts: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    ends: frozenset[int],
-) -> list[list[int]]:
-    """One left-padded batch, decoded until every row has ended or reached its length."""
-    device = next(model.parameters()).device
-    width = max(len(start) for start in starts)
-    ids = torch.zeros((len(starts), width), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, start in enumerate(starts):
-        ids[index, width - len(start) :] = torch.tensor(start, dtype=torch.long)
-        mask[index, width - len(start) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    takes = inspect.signature(model.forward).parameters
-    stop = torch.tensor(sorted(ends), dtype=torch.long, device=device)
-    budget = torch.tensor(list(lengths), dtype=torch.long, device=device)
-    done = budget <= 0
-    added: list[Tensor] = []
-    cache: Any = None
-    while not bool(done.all()):
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
-        if "position_ids" in takes:
-            # Counted from the first real token, so that padding on the left shifts nothing.
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if "logits_to_keep" in takes:
-            inputs["logits_to_keep"] = 1
-        if cache is not None:
-            inputs["past_key_values"] = cache
-        output = model(**inputs)
-        cache = output.past_key_values
-        ids = output.logits[:, -1].float().argmax(-1, keepdim=True)
-        added.append(ids[:, 0])
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
-        done = done | (len(added) >= budget) | torch.isin(ids[:, 0], stop)
-    if not added:
-        return [[] for _ in starts]
-    table = torch.stack(added, dim=1).tolist()
-    return [_cut(row[:length], ends) for row, length in zip(table, lengths, strict=True)]
-
-
-def _cut(row: list[int], ends: frozenset[int]) -> list[int]:
-    """A row up to its first end token, that included."""
-    for position, token in enumerate(row):
-        if token in ends:
-            return row[: position + 1]
-    return row
-
-
-def _end_tokens(model: nn.Module, prompts: PromptSet) -> frozenset[int]:
-    """The end tokens that tokenizer and model name."""
-    settings = getattr(model, "generation_config", None)
-    named: list[Any] = [prompts.tokenizer.eos_token_id]
-    own = getattr(settings, "eos_token_id", None)
-    named += own if isinstance(own, list) else [own]
-    return frozenset(int(token) for token in named if token is not None)
-
-
-def _check_lengths(
-    model: nn.Module, starts: Sequence[Sequence[int]], lengths: Sequence[int]
-) -> None:
-    """Raise for a start without tokens or a continuation longer than the context."""
-    limit = None
-    if (config := getattr(model, "config", None)) is not None:
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        if not start:
-            raise PromptError(
-                f"row {index} has no token to continue. Write a prompt, or use a tokenizer with a start token."
-            )
-        if isinstance(limit, int) and 0 < limit < len(start) + length:
-            raise PromptError(
-                f"row {index}: {len(start)} tokens and {length} new ones are more than the {limit} of the model's "
-                "context. Lower max_new_tokens or shorten the prompt."
-            )

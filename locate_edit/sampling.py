@@ -1,0 +1,260 @@
+"""Continuations of many prompts at once, sampled or greedy, with a key-value cache.
+
+    written = sample(model, prompts, length=20, samples=4, seed=0)
+    written[0].text                                  # the first of the first prompt
+
+Rows are padded on the left, positions are counted from the first real token, and a batch ends when all of its rows
+have. Every row has its own stream of random numbers, made from the seed and the row's place among all rows, so what
+is drawn does not depend on the batch size (but for rounding) nor on the device's generator.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locate_edit.errors import PromptError
+from locate_edit.metrics.running import evaluating
+from locate_edit.prompts import PromptSet
+
+__all__ = ["Continuation", "decode", "end_tokens", "sample", "sample_ids"]
+
+Choose = Callable[[Tensor, int], Tensor]
+"""Next tokens `row` from logits `row vocab` (float32) and the number of tokens added so far."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote behind a prompt.
+
+    Attributes:
+        item: index of the prompt in its set.
+        ids: token ids, the end token included where the model gave one.
+        text: what they say, special tokens left out.
+    """
+
+    item: int
+    ids: tuple[int, ...]
+    text: str
+
+
+def sample(
+    model: nn.Module,
+    prompts: PromptSet,
+    *,
+    length: int = 20,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[Continuation]:
+    """Continuations of each prompt, prompt by prompt: those of item 0 first.
+
+    What stands before the first scored token is continued; targets play no part. A row stops behind the end token that
+    the tokenizer or the model names. The model's own generation settings (penalties, forced tokens) play no part.
+
+    Args:
+        model: a causal language model.
+        prompts: the prompts; `PromptSet.preceded` puts tokens in front of them.
+        length: largest number of tokens added to each.
+        samples: continuations of each prompt.
+        temperature: what logits are divided by; 0 takes the most probable token each time.
+        top_p: draw among the fewest most probable tokens that have this probability together; 1 for all.
+        seed: of what is drawn.
+        batch_size: rows decoded together.
+
+    Raises:
+        PromptError: a masked set, a setting out of range, or a continuation that does not fit the model's context.
+    """
+    if prompts.masked:
+        raise PromptError(f"{prompts!r} is for a masked model, which does not continue text.")
+    starts = [prompts.prompt_ids(index) for index in range(len(prompts))]
+    ids = sample_ids(
+        model, starts, length=length, samples=samples, temperature=temperature, top_p=top_p,
+        seed=seed, ends=end_tokens(model, prompts), batch_size=batch_size,
+    )  # fmt: skip
+    texts = prompts.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [
+        Continuation(row // samples, tuple(row_ids), text)
+        for row, (row_ids, text) in enumerate(zip(ids, texts, strict=True))
+    ]
+
+
+def sample_ids(
+    model: nn.Module,
+    starts: Sequence[Sequence[int]],
+    *,
+    length: int = 20,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    ends: frozenset[int] = frozenset(),
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """`sample` for token ids: ``samples`` rows for each start, start by start.
+
+    Raises:
+        PromptError: as `sample`, and for an empty start.
+    """
+    if length < 1 or samples < 1 or batch_size < 1:
+        raise PromptError(
+            f"length, samples and batch_size must be at least 1, got {length}, {samples} and {batch_size}."
+        )
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise PromptError(
+            f"temperature must be at least 0 and top_p in (0, 1], got {temperature} and {top_p}."
+        )
+    rows = [start for start in starts for _ in range(samples)]
+    check_lengths(model, starts, [length] * len(starts))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand((len(rows), length), generator=generator, dtype=torch.float64)
+    # Rows of similar length share a batch: the least padding.
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    found: list[list[int]] = [[] for _ in rows]
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            choose: Choose = greedy_choice
+            if temperature > 0:
+                choose = _Draw(drawn[chosen].to(device), temperature, top_p)
+            written = decode(model, [rows[i] for i in chosen], [length] * len(chosen), ends, choose)
+            for index, row in zip(chosen, written, strict=True):
+                found[index] = row
+    return found
+
+
+def greedy_choice(logits: Tensor, _added: int) -> Tensor:
+    """The most probable token of each row: `row`."""
+    return logits.argmax(-1)
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module,
+    starts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    ends: frozenset[int],
+    choose: Choose = greedy_choice,
+) -> list[list[int]]:
+    """One left-padded batch, decoded until every row has ended or reached its length.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        starts: token ids to continue, at least one each.
+        lengths: how many tokens to add to each.
+        ends: tokens after which a row stops; they are part of it.
+        choose: takes the next token of each row.
+    """
+    device = next(model.parameters()).device
+    width = max(len(start) for start in starts)
+    ids = torch.zeros((len(starts), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, start in enumerate(starts):
+        ids[index, width - len(start) :] = torch.tensor(start, dtype=torch.long)
+        mask[index, width - len(start) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    takes = inspect.signature(model.forward).parameters
+    stop = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+    budget = torch.tensor(list(lengths), dtype=torch.long, device=device)
+    done = budget <= 0
+    added: list[Tensor] = []
+    cache: Any = None
+    while not bool(done.all()):
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        if "position_ids" in takes:
+            # Counted from the first real token, so that padding on the left shifts nothing.
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in takes:
+            inputs["logits_to_keep"] = 1
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        output = model(**inputs)
+        cache = output.past_key_values
+        ids = choose(output.logits[:, -1].float(), len(added))[:, None]
+        added.append(ids[:, 0])
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
+        done = done | (len(added) >= budget) | torch.isin(ids[:, 0], stop)
+    if not added:
+        return [[] for _ in starts]
+    table = torch.stack(added, dim=1).tolist()
+    return [_cut(row[:length], ends) for row, length in zip(table, lengths, strict=True)]
+
+
+def end_tokens(model: nn.Module, prompts: PromptSet) -> frozenset[int]:
+    """The end tokens that tokenizer and model name."""
+    settings = getattr(model, "generation_config", None)
+    named: list[Any] = [prompts.tokenizer.eos_token_id]
+    own = getattr(settings, "eos_token_id", None)
+    named += own if isinstance(own, list) else [own]
+    return frozenset(int(token) for token in named if token is not None)
+
+
+def check_lengths(
+    model: nn.Module, starts: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> None:
+    """Raise for a start without tokens or a continuation longer than the context.
+
+    Raises:
+        PromptError: with the row, its length and the model's limit.
+    """
+    limit = None
+    if (config := getattr(model, "config", None)) is not None:
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        if not start:
+            raise PromptError(
+                f"row {index} has no token to continue. Write a prompt, or use a tokenizer with a start token."
+            )
+        if isinstance(limit, int) and 0 < limit < len(start) + length:
+            raise PromptError(
+                f"row {index}: {len(start)} tokens and {length} new ones are more than the {limit} of the model's "
+                "context. Lower the number of new tokens or shorten the prompt."
+            )
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """The token where the cumulative probability passes the row's number for this step.
+
+    Attributes:
+        numbers: uniform in [0, 1), `row step` float64.
+        temperature: what logits are divided by.
+        top_p: share of the probability that is drawn from.
+    """
+
+    numbers: Tensor
+    temperature: float
+    top_p: float
+
+    def __call__(self, logits: Tensor, added: int) -> Tensor:
+        """Tokens `row` for logits `row vocab`."""
+        probabilities = torch.softmax(logits.double() / self.temperature, dim=-1)
+        order = None
+        if self.top_p < 1:
+            probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            # A token is in as long as those before it do not have the share yet: the first always is.
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+        sums = probabilities.cumsum(-1)
+        # Strictly below the last sum, and past tokens of no probability.
+        wanted = self.numbers[:, added, None] * sums[:, -1:]
+        place = torch.searchsorted(sums, wanted, right=True)
+        last = (probabilities > 0).long().cumsum(-1).argmax(-1, keepdim=True)
+        place = place.minimum(last)
+        return (place if order is None else order.gather(-1, place))[:, 0]
+
+
+def _cut(row: list[int], ends: frozenset[int]) -> list[int]:
+    """A row up to its first end token, that included."""
+    for position, token in enumerate(row):
+        if token in ends:
+            return row[: position + 1]
+    return row
