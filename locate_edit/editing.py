@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from circuits import ComponentMask, ModelMap, describe
 from circuits.atomic import atomic_folder
 from circuits.model_map import KeyValues, Side
+from locate_edit.additions import Added, Placed, install, installed, parse
 from locate_edit.delta import Change, Delta
 from locate_edit.engine import Run, Settings, StopWhen
 from locate_edit.errors import EditError, PromptError
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = 1
+WITH_ADDITIONS = (
+    2  # the format of edits that hold additions, so that no older program applies half of one
+)
 
 
 @runtime_checkable
@@ -148,17 +152,20 @@ def edit(
         never_seen=never_seen, stop=stop, gradient_checkpointing=gradient_checkpointing,
         reuse_prefix_bytes=reuse_prefix_bytes, reference_bytes=reference_bytes,
     )  # fmt: skip
+    # Slices that were only selected, because additions were trained in their place, are no part of the edit.
+    delta = run.delta() if run.wrote or run.placed is None else Delta({})
     return Edit(
-        run.delta(), mask=mask, provenance=provenance, log=run.log, made_on=made_on, model=model,
-        method=method, forget=forget, retain=retain, again=again,
+        delta, additions=run.added(), mask=mask, provenance=provenance, log=run.log, made_on=made_on, model=model,
+        method=method, forget=forget, retain=retain, again=again, placed=run.placed,
     )  # fmt: skip
 
 
 class Edit:
-    """A reversible change of a model's weights, with how it was made.
+    """A reversible change of a model's weights, and what it adds beside them, with how it was made.
 
     Attributes:
         delta: which entries changed, with their old and new values.
+        additions: adapters and extra tokens that are in place while the edit is applied, with their values.
         mask: the component mask it was restricted to, or None.
         provenance: method, options, data digests, model, and what the run noted (why it stopped, who got there).
         log: one record a training step.
@@ -180,8 +187,11 @@ class Edit:
         forget: PromptSet | None = None,
         retain: PromptSet | None = None,
         again: Callable[[ComponentMask | None, int], Edit] | None = None,
+        additions: Sequence[Added] = (),
+        placed: Placed | None = None,
     ) -> None:
         self.delta, self.mask, self.model = delta, mask, model
+        self.additions, self._placed = tuple(additions), placed
         self.provenance, self.log, self.made_on = (
             dict(provenance or {}),
             log or [],
@@ -192,12 +202,14 @@ class Edit:
     def __repr__(self) -> str:
         method = self.provenance.get("method", {}).get("name", "combination")
         state = "applied" if self.model is not None else "not applied"
-        return f"Edit({method}: {self.delta.count():,} entries in {len(self.delta)} parameters, {state})"
+        beside = "".join(f", {each.what}" for each in self.additions)
+        changed = f"{self.delta.count():,} entries in {len(self.delta)} parameters"
+        return f"Edit({method}: {changed}{beside}, {state})"
 
     # -- on and off -------------------------------------------------------------------------------
 
     def apply(self, model: nn.Module, *, strict: bool = True) -> Edit:
-        """Write the new values into ``model`` and return this edit.
+        """Write the new values into ``model``, put the additions in place, and return this edit.
 
         Args:
             model: a model equal to the one the edit was made on.
@@ -225,15 +237,18 @@ class Edit:
                 f"this edit was made for another base model: {other}. The edited entries themselves "
                 "match; pass strict=False to apply it on top of other changes"
             )
-        self._write(model, "new")
+        if self.additions:
+            self._placed = install(describe(model), self.additions)
+        self.delta.write(model, "new")
         self.model = model
         return self
 
     def undo(self) -> None:
-        """Write the old values back, bit for bit.
+        """Write the old values back, bit for bit, and take the additions out.
 
         Raises:
-            EditError: the edit is not applied, or its entries were changed since.
+            EditError: the edit is not applied, its entries were changed since, or other additions were put in place
+                after its own.
         """
         model = self._applied()
         if (at := self.delta.mismatch(model, "new")) is not None:
@@ -241,7 +256,21 @@ class Edit:
                 f"cannot undo: {at} was changed after this edit was applied; undo the later edit first "
                 "(last in, first out)"
             )
-        self._write(model, "old")
+        if self._placed is not None:
+            places = installed(model)
+            if self._placed not in places or not self._placed.on:
+                raise EditError(
+                    f"cannot undo: {self.additions[0].what} is switched off, or its hooks were taken out of the model "
+                    "by something else"
+                )
+            if later := places[places.index(self._placed) + 1 :]:
+                raise EditError(
+                    f"cannot undo: {later[0].what[0]} was put in place after this edit was applied; undo the later "
+                    "edit first (last in, first out)"
+                )
+            self._placed.remove()
+            self._placed = None
+        self.delta.write(model, "old")
         self.model = None
 
     @contextmanager
@@ -257,11 +286,11 @@ class Edit:
     def off(self) -> Iterator[nn.Module]:
         """The base model while the context is open; the edited model again afterwards."""
         model = self._applied()
-        self._write(model, "old")
+        self._switch(model, on=False)
         try:
             yield model
         finally:
-            self._write(model, "new")
+            self._switch(model, on=True)
 
     @contextmanager
     def rerun(self, mask: ComponentMask | None, *, seed: int | None = None) -> Iterator[Edit]:
@@ -287,13 +316,32 @@ class Edit:
             raise EditError("this edit is not applied to a model; call .apply(model) first")
         return self.model
 
-    def _write(self, model: nn.Module, which: str) -> None:
-        self.delta.write(model, which)
+    def _switch(self, model: nn.Module, *, on: bool) -> None:
+        self.delta.write(model, "new" if on else "old")
+        if self._placed is not None:
+            self._placed.on = on
+
+    def without_additions(self, what: str) -> None:
+        """Refuse to do ``what`` with an edit that is more than a change of weights.
+
+        Raises:
+            EditError: it holds additions.
+        """
+        if self.additions:
+            names = ", ".join(str(each.what) for each in self.additions[:3])
+            more = len(self.additions) - 3
+            raise EditError(
+                f"{what} takes changes of weights only, and this edit holds {names}"
+                f"{f' and {more} more' if more > 0 else ''}: a nonlinear adapter or an extra input row is no part of "
+                "the model's weights. Save the edit with save() and apply() it to the base model where it is needed"
+            )
 
     # -- arithmetic -------------------------------------------------------------------------------
 
     def __add__(self, other: Edit) -> Edit:
         """Both changes together, as a new edit that is not applied. Both must come from the same base model."""
+        for part in (self, other):
+            part.without_additions("arithmetic of edits (fuse() merges adapters)")
         if (reason := difference(self.made_on, other.made_on)) is not None:
             raise EditError(f"cannot combine edits of different base models: {reason}")
         both = (
@@ -307,6 +355,7 @@ class Edit:
 
     def __neg__(self) -> Edit:
         """The opposite change (a task vector subtracted instead of added), not applied."""
+        self.without_additions("arithmetic of edits")
         return self._combined(-self.delta, "negation", [self], self.mask)
 
     def __sub__(self, other: Edit) -> Edit:
@@ -315,6 +364,7 @@ class Edit:
 
     def __mul__(self, factor: float) -> Edit:
         """This change scaled by ``factor``, not applied."""
+        self.without_additions("arithmetic of edits")
         return self._combined(
             self.delta.scaled(float(factor)), f"scaled by {factor:g}", [self], self.mask
         )
@@ -332,6 +382,7 @@ class Edit:
     def save(self, folder: str | Path) -> Path:
         """Write ``delta.safetensors``, ``edit.json`` and ``mask.safetensors`` into ``folder``, all or nothing.
 
+        Additions go to ``additions.safetensors``, their description to ``edit.json``.
         The forget and retain texts are *not* saved, only their digests.
         """
         tensors, layout = self.delta.tensors()
@@ -339,8 +390,10 @@ class Edit:
             save_file(tensors, place / "delta.safetensors")
             if self.mask is not None:
                 self.mask.save(place / "mask.safetensors")
+            if self.additions:
+                save_file(_named(self.additions), place / "additions.safetensors")
             about: dict[str, Any] = {
-                "format": FORMAT,
+                "format": WITH_ADDITIONS if self.additions else FORMAT,
                 "provenance": self.provenance,
                 "layout": layout,
                 "made_on": self.made_on,
@@ -350,6 +403,8 @@ class Edit:
                     for file in sorted(place.glob("*.safetensors"))
                 },
             }
+            if self.additions:
+                about["additions"] = [each.what.about() for each in self.additions]
             about["digest"] = _digest(about)
             (place / "edit.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         return Path(folder)
@@ -373,13 +428,7 @@ class Edit:
                 )
         if "delta.safetensors" not in about["files"]:
             raise EditError(f"{folder / 'edit.json'} names no delta.safetensors")
-        try:
-            with safe_open(folder / "delta.safetensors", framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as problem:
-            raise EditError(
-                f"{folder / 'delta.safetensors'} cannot be read: {problem}"
-            ) from problem
+        tensors = _read_tensors(folder / "delta.safetensors")
         mask = (
             ComponentMask.load(folder / "mask.safetensors")
             if "mask.safetensors" in about["files"]
@@ -392,19 +441,30 @@ class Edit:
             provenance=about["provenance"],
             log=about["log"],
             made_on=about["made_on"],
+            additions=_read_additions(folder, about),
         )
 
     def merge_to(self, folder: str | Path) -> Path:
-        """Save the edited model as an ordinary checkpoint (``save_pretrained``), all or nothing."""
+        """Save the edited model as an ordinary checkpoint (``save_pretrained``), all or nothing.
+
+        Raises:
+            EditError: the edit is not applied, or holds additions, for which a checkpoint has no place.
+        """
         model: Any = self._applied()
+        self.without_additions("a merged checkpoint")
         with atomic_folder(folder, like="config.json") as place:
             model.save_pretrained(place)
         return Path(folder)
 
     def to_peft(self, folder: str | Path) -> Path:
-        """Save the change as a PEFT LoRA adapter of the same effect, see `locate_edit.lora`."""
+        """Save the change as a PEFT LoRA adapter of the same effect, see `locate_edit.lora`.
+
+        Raises:
+            EditError: the edit is not applied, or holds what a LoRA adapter cannot.
+        """
         from locate_edit.lora import save_lora
 
+        self.without_additions("a LoRA adapter")
         return save_lora(self._applied(), self.delta, folder)
 
 
@@ -522,7 +582,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise EditError(f"{path.parent} is not an edit: {path.name} is missing") from problem
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
         raise EditError(f"{path} cannot be read: {problem}") from problem
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") not in (FORMAT, WITH_ADDITIONS):
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise EditError(f"{path}: expected an edit of format {FORMAT}, found {found!r}")
     digest = about.pop("digest", None)
@@ -531,6 +591,47 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} was changed after it was written: its digest does not fit its contents"
         )
     return about
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as problem:
+        raise EditError(f"{path} cannot be read: {problem}") from problem
+
+
+def _named(additions: Sequence[Added]) -> dict[str, Tensor]:
+    """Values of all additions by place and name, for safetensors."""
+    return {
+        f"{place}/{name}": value.detach().cpu().contiguous()
+        for place, each in enumerate(additions)
+        for name, value in each.values.items()
+    }
+
+
+def _read_additions(folder: Path, about: Mapping[str, Any]) -> tuple[Added, ...]:
+    """The additions that ``edit.json`` describes, with the values beside it."""
+    described, file = about.get("additions", []), "additions.safetensors"
+    if bool(described) != (file in about["files"]):
+        raise EditError(f"{folder / 'edit.json'} and {file} do not name the same additions")
+    if not described:
+        return ()
+    tensors = _read_tensors(folder / file)
+    found = tuple(
+        Added(
+            parse(each),
+            {
+                name.split("/", 1)[1]: value
+                for name, value in tensors.items()
+                if name.split("/", 1)[0] == str(place)
+            },
+        )
+        for place, each in enumerate(described)
+    )
+    if set(_named(found)) != set(tensors):
+        raise EditError(f"{folder / file} holds tensors that edit.json does not describe")
+    return found
 
 
 def _digest(about: Mapping[str, Any]) -> str:

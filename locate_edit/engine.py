@@ -3,7 +3,8 @@
 A `Run` is what an edit method receives. It offers forward passes over labelled positions (`score`),
 the unedited model (`base`, `reference`), and two ways to change weights: `fit`, which trains the
 packed slices on a loss, and `write`, which sets them. Everything outside the slices is never
-written, so it stays bit-identical by construction.
+written, so it stays bit-identical by construction. `add` brings tensors that are no part of the
+model (`locate_edit.additions`), which `fit` trains beside the slices or instead of them.
 
 One step of `fit` costs, relative to a forward pass of the whole model, ``1 + (1 - start/n_layers) +
 f``: the forward, the input gradients above the lowest edited block ``start``, and the weight
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from circuits import ModelMap, Site, capture
 from circuits.forward import labelled_logits, model_inputs, token_log_probs
 from circuits.hooks import Activations, Visit
 from circuits.hooks import replace as replace_activations
+from locate_edit.additions import Adapter, Added, Addition, Placed, install, made
 from locate_edit.delta import Change, Delta
 from locate_edit.errors import EditError
 from locate_edit.losses import per_item_mean, per_item_sum
@@ -44,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 Combine = Callable[[dict[str, list[Tensor]]], list[Tensor]]
 """One direction, packed as a tensor a slot, from the gradients of the terms of a loss by name."""
+
+Train = Literal["both", "slices", "additions"]
+"""What `Run.fit` trains: the packed slices, the additions, or both together."""
 
 CHECK_EVERY_ON_GPU = (
     16  # steps between looks at the loss on a GPU: a look waits for all queued work
@@ -176,12 +181,14 @@ class Run:
         self.device = next(self.model.parameters()).device
         self.old = [slot.selection.gather(slot.parameter.data) for slot in self.slots]
         self._now = self.old
+        self.placed: Placed | None = None
+        self._above_slices = False  # whether kept hidden states hold for unedited slices alone
         self._kept_logits: dict[tuple[int, int], Tensor] = {}
         self._kept_hidden: dict[tuple[int, int, int], list[Tensor]] = {}
         self._free_bytes = self.settings.reference_bytes
         self._references: dict[int, list[Tensor]] = {}
         self._also_seen: list[tuple[PromptSet, PromptSet | None]] = []
-        self._prefix = self._make_prefix()
+        self._prefix = self._make_prefix(self.slots)
 
     # -- forward passes ---------------------------------------------------------------------------
 
@@ -231,26 +238,46 @@ class Run:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """The unedited model while the context is open: old values in the slices, no second copy of the weights."""
+        """The unedited model while the context is open: old values in the slices, additions off, no second copy."""
+        written = self.wrote
         try:
-            self._put(self.old)
-            yield
+            if written:
+                self._put(self.old)
+            with self._without_additions():
+                yield
         finally:
-            self._put(self._now)
+            if written:
+                self._put(self._now)
 
     @contextmanager
     def swapped(self, delta: Delta) -> Iterator[None]:
         """Another model over the same base while the context is open: the new values of ``delta`` in the slices.
 
-        ``delta`` comes from `delta()` of this run or of one with the same mask.
+        ``delta`` comes from `delta()` of this run or of one with the same mask. Additions are off.
         """
-        now = self._now
+        now, kept = self._now, self._prefix
         try:
             self._put([delta.changes[slot.name].new for slot in self.slots])
-            yield
+            if self._above_slices:
+                self._prefix = None
+            with self._without_additions():
+                yield
         finally:
+            self._prefix = kept
             self._put(now)
             self._now = now
+
+    @contextmanager
+    def _without_additions(self) -> Iterator[None]:
+        """Forward passes without this run's additions while the context is open."""
+        was = self.placed is not None and self.placed.on
+        try:
+            if self.placed is not None:
+                self.placed.on = False
+            yield
+        finally:
+            if self.placed is not None:
+                self.placed.on = was
 
     @contextmanager
     def on(self, forget: PromptSet, retain: PromptSet | None = None) -> Iterator[None]:
@@ -337,6 +364,8 @@ class Run:
     def gradients(self, loss: Callable[[], Tensor]) -> list[Tensor]:
         """Gradient of a scalar with respect to every slot, packed like it, as the model is now; zeros if there is none.
 
+        Additions take part with their present values, and have no gradient here.
+
         Args:
             loss: makes the scalar with the passes above, such as ``lambda: run.score(batch).cross_entropy()``.
         """
@@ -349,6 +378,42 @@ class Run:
         return list(found)
 
     # -- changing weights -------------------------------------------------------------------------
+
+    def add(self, additions: Sequence[Addition]) -> None:
+        """Put additions in place, for `fit` to train; they start from the run's seed and change nothing yet.
+
+        Extra tokens then are valid inputs; `extra_ids` says which.
+
+        Raises:
+            EditError: there are additions already, none are given, or they do not fit the model.
+            SiteError: the model has no such site.
+        """
+        if self.placed is not None:
+            raise EditError(
+                "this run has additions already: pass all of them at once, or restore() it first"
+            )
+        if not additions:
+            raise EditError("no additions were given: pass e.g. [Adapter(Site(3, 'mlp'), 16)]")
+        seed = self.settings.seed
+        self.placed = install(
+            self.model_map,
+            [made(what, self.model_map, seed=seed + n) for n, what in enumerate(additions)],
+        )
+        self._prefix = self._make_prefix(self.slots)
+
+    @property
+    def extra_ids(self) -> range:
+        """Ids of the extra tokens that `add` made valid inputs; empty without any."""
+        return range(0) if self.placed is None else self.placed.ids
+
+    def added(self) -> tuple[Added, ...]:
+        """The additions with their present values; empty without any."""
+        return () if self.placed is None else self.placed.added()
+
+    @property
+    def wrote(self) -> bool:
+        """Whether slices were written or trained since the run began or was restored."""
+        return self._now is not self.old
 
     def write(self, values: Callable[[Slot, Tensor], Tensor]) -> None:
         """Set every slot to ``values(slot, packed values now)``, a tensor of the packed shape."""
@@ -365,8 +430,9 @@ class Run:
         lr: float,
         optim: Optim | None = None,
         combine: Combine | None = None,
+        train: Train = "both",
     ) -> None:
-        """Train the packed slices on ``loss`` for at most ``steps`` optimizer steps.
+        """Train the packed slices and the additions on ``loss`` for at most ``steps`` optimizer steps.
 
         Args:
             loss: the terms of the loss of one batch, by name; their sum is minimised, each is logged.
@@ -375,23 +441,43 @@ class Run:
             optim: optimizer settings.
             combine: the direction to step against, packed as one tensor a slot, from the gradient of each term by name;
                 by default their sum, of which there is one backward pass. Given, there is one for each term (no more
-                work where terms come from forward passes of their own) and one packed gradient for each is held.
+                work where terms come from forward passes of their own) and one packed gradient for each is held. The
+                tensors of trained additions come after those of the slots.
+            train: "both" slices and additions (where there are any), only the "slices" (additions stay as they are), or
+                only the "additions" (slices stay as they are).
 
         Raises:
-            EditError: the loss stops being a finite number (said at which step), or does not depend on any slice.
+            EditError: the loss stops being a finite number (said at which step), or does not depend on anything that is
+                trained; or there are no additions to train.
         """
         if steps < 0 or not lr >= 0:
             raise EditError(f"steps and lr must not be negative: got steps={steps}, lr={lr}")
+        if train not in ("both", "slices", "additions"):
+            raise EditError(f"train must be 'both', 'slices' or 'additions', got {train!r}")
+        if train == "additions" and self.placed is None:
+            raise EditError("there are no additions to train: call run.add([...]) before run.fit")
         optim = optim or Optim()
-        leaves = [now.to(_wide(now), copy=True).requires_grad_() for now in self._now]
-        if not leaves or not steps:
-            return
-        optimizer = optim.build(leaves, lr)
-        base = [old.to(_wide(old)) for old in self.old] if optim.weight_decay else []
-        data = self._steps()
+        slots = [] if train == "additions" else self.slots
+        packed = [
+            now.to(_wide(now), copy=True).requires_grad_() for now in (self._now if slots else [])
+        ]
         with ExitStack() as stack:
+            beside = [] if train == "slices" else stack.enter_context(self._leaves_of_additions())
+            leaves = [*packed, *beside]
+            if not leaves or not steps:
+                return
+            if not slots and not self.wrote:
+                stack.enter_context(self._starting_at_additions())
+            optimizer = optim.build(leaves, lr)
+            base = (
+                [old.to(_wide(old)) for old in (self.old if slots else [])]
+                + [leaf.detach().clone() for leaf in beside]
+                if optim.weight_decay
+                else []
+            )
+            data = self._steps()
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(packed_forward(self.model, self.slots, leaves))
+            stack.enter_context(packed_forward(self.model, slots, packed))
             if self.settings.gradient_checkpointing:
                 stack.enter_context(_checkpointed(self._layers()))
             for index in range(steps):
@@ -408,31 +494,31 @@ class Run:
                     )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                self._put(
-                    [
-                        leaf.detach().to(old.dtype)
-                        for leaf, old in zip(leaves, self.old, strict=True)
-                    ]
-                )
+                if slots:
+                    self._put(self._narrow(packed))
                 record |= {"step": index, "lr": rate, "cpu_seconds": time.process_time() - started}
                 self.log.append(record)
                 if self._done(index, record):
                     break
         self._check_finite(self.log)
-        self._finish(
-            [leaf.detach().to(old.dtype) for leaf, old in zip(leaves, self.old, strict=True)]
-        )
+        if slots:
+            self._finish(self._narrow(packed))
+        self._check_additions()
         self.log[:] = [{k: _number(v) for k, v in record.items()} for record in self.log]
         if self.levels is not None:
             self.notes["never_seen"] = self.levels.summary(self.forget_nll())
 
     def restore(self) -> None:
-        """Write the unedited values back, bit for bit."""
+        """Write the unedited values back, bit for bit, and take the additions out."""
+        if self.placed is not None:
+            self.placed.remove()
+            self.placed = None
+            self._prefix = self._make_prefix(self.slots)
         self._put(self.old)
         self._now = self.old
 
     def delta(self) -> Delta:
-        """What has changed so far."""
+        """What has changed so far in the slices."""
         return Delta(
             {
                 slot.name: Change(slot.selection, old, new.clone())
@@ -512,6 +598,48 @@ class Run:
                 )
         self._put(new)
 
+    def _narrow(self, leaves: list[Tensor]) -> list[Tensor]:
+        """Packed leaves in the dtypes of their parameters."""
+        return [leaf.detach().to(old.dtype) for leaf, old in zip(leaves, self.old, strict=True)]
+
+    def _check_additions(self) -> None:
+        if self.placed is None:
+            return
+        for what, values in zip(self.placed.what, self.placed.values, strict=True):
+            if not all(bool(torch.isfinite(value).all()) for value in values.values()):
+                raise EditError(
+                    f"new values of the {what} are not finite; the model was restored. Lower lr or clip"
+                )
+
+    @contextmanager
+    def _leaves_of_additions(self) -> Iterator[list[Tensor]]:
+        """The tensors of the additions as leaves that hooks use while the context is open, and ordinary afterwards."""
+        placed = self.placed
+        if placed is None:
+            yield []
+            return
+        leaves = []
+        for values in placed.values:
+            for name, value in values.items():
+                values[name] = value.detach().clone().requires_grad_()
+                leaves.append(values[name])
+        try:
+            yield leaves
+        finally:
+            for values in placed.values:
+                for name, value in values.items():
+                    values[name] = value.detach()
+
+    @contextmanager
+    def _starting_at_additions(self) -> Iterator[None]:
+        """Reuse of hidden states up to the lowest adapter while the context is open, for unedited slices stay so."""
+        kept = self._prefix
+        try:
+            self._prefix, self._above_slices = self._make_prefix([]), True
+            yield
+        finally:
+            self._prefix, self._above_slices = kept, False
+
     def _put(self, values: list[Tensor]) -> None:
         with torch.no_grad():
             for slot, packed in zip(self.slots, values, strict=True):
@@ -546,21 +674,26 @@ class Run:
     def _layers(self) -> list[nn.Module]:
         return [self.model_map.layer_module(i) for i in range(self.model_map.n_layers)]
 
-    def _make_prefix(self) -> PrefixCache | None:
-        start = min((self.model_map.lowest_layer(slot.name) for slot in self.slots), default=0)
-        start = min(start, self.model_map.n_layers - 1)
+    def _make_prefix(self, slots: Sequence[Slot]) -> PrefixCache | None:
+        """Reuse of what runs below the lowest of ``slots`` and of the additions, if anything does."""
+        layers = [self.model_map.lowest_layer(slot.name) for slot in slots]
+        for what in self.placed.what if self.placed is not None else ():
+            layer = what.site.layer if isinstance(what, Adapter) else None
+            layers.append(-1 if layer is None else layer)
+        start = min(min(layers, default=0), self.model_map.n_layers - 1)
         if start < 1 or not self.settings.reuse_prefix_bytes:
             return None
         memory = self.settings.reuse_prefix_bytes
-        return PrefixCache(self.model, self._layers(), start, memory, self._frozen_attention(start))
+        frozen = self._frozen_attention(start, slots)
+        return PrefixCache(self.model, self._layers(), start, memory, frozen)
 
-    def _frozen_attention(self, start: int) -> nn.Module | None:
+    def _frozen_attention(self, start: int, slots: Sequence[Slot]) -> nn.Module | None:
         """The attention of the lowest edited block, if only the block's MLP is edited: it runs before that.
 
         Not with gradient checkpointing, whose second run of the block happens when nothing is supplied.
         """
         mlp = {piece.parameter for piece in self.model_map.slices(Site(start, "mlp"))}
-        edited = [s.name for s in self.slots if self.model_map.lowest_layer(s.name) == start]
+        edited = [s.name for s in slots if self.model_map.lowest_layer(s.name) == start]
         if self.settings.gradient_checkpointing or not mlp.issuperset(edited):
             return None
         return self.model_map.layer_module(start).get_submodule(self.model_map.family.attn[0])

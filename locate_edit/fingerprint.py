@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from locate_edit.additions import installed
+
 SAMPLES = 4096  # entries whose bits and places enter a parameter's checksum beside the sum over all of them
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -17,9 +19,15 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
     The hash covers the 64-bit sum of all entries' bit patterns (one pass at memory speed, the
     same on every device) and 4096 evenly spaced entries in order. It recognises models; it is no
-    protection against a forger.
+    protection against a forger. Additions that are in place and on count as parameters, with names
+    of their own.
     """
-    return {name: _checksum(parameter.detach()) for name, parameter in model.named_parameters()}
+    found = {name: _checksum(parameter.detach()) for name, parameter in model.named_parameters()}
+    on = [each for placed in installed(model) if placed.on for each in placed.added()]
+    for place, each in enumerate(on):
+        for name, value in each.values.items():
+            found[f"{name} of addition {place} ({each.what})"] = _checksum(value)
+    return found
 
 
 def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
