@@ -1,7 +1,7 @@
 """Try the claims: `python -m benchmarks.claims [FILE ...] --save`.
 
-Every finished seed is kept in ``--folder`` and not run again unless the claim's file (or one of those that begin with an
-underscore, which claims share) has changed, so the command can be interrupted and given again. After a change of the
+Every finished seed is kept in ``--folder`` and not run again unless the claim's file (or one that claims share, whose
+name begins with an underscore) has changed, so the command can be interrupted and given again. After a change of the
 package itself, empty the folder.
 """
 
