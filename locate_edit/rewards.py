@@ -135,8 +135,9 @@ class Lexicon:
     count: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.words, str):
-            raise RewardError(f"Lexicon needs a tuple of words, got the text {self.words!r}")
+        given: Any = self.words
+        if isinstance(given, str):
+            raise RewardError(f"Lexicon needs a tuple of words, got the text {given!r}")
         object.__setattr__(self, "words", tuple(self.words))
         bad = [word for word in self.words if not _WORD.search(word)]
         if not self.words or bad:
