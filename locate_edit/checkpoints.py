@@ -94,10 +94,12 @@ def take_out(edit: Edit, model: PreTrainedModel) -> None:
     """Turn a model that an edit was merged into back into the base model, bit for bit.
 
     Raises:
-        EditError: the model does not hold this edit, or holds other changes as well. It is as it was.
+        EditError: the model does not hold this edit, or holds other changes as well, or the edit holds additions, which
+            no checkpoint does. It is as it was.
     """
     from locate_edit.fingerprint import difference, fingerprint
 
+    edit.without_additions("a checkpoint that an edit was merged into")
     if (at := edit.delta.mismatch(model, "new")) is not None:
         if edit.delta.mismatch(model, "old") is None:
             raise EditError(

@@ -384,6 +384,7 @@ def edit(
     )
     done.save(out)
     if merge is not None:
+        done.without_additions(f"--merge (the edit is in {out})")
         save(loaded, tokenizer, merge)
     summary: dict[str, Any] = {"edit": str(out), **_about_edit(out)}
     if merge is not None:
@@ -726,6 +727,8 @@ def _about_edit(folder: Path) -> dict[str, Any]:
 
     made = Edit.load(folder)
     about: dict[str, Any] = {"changed entries": made.delta.count(), "parameters": len(made.delta)}
+    if made.additions:
+        about["additions"] = [str(each.what) for each in made.additions]
     if made.mask is not None:
         about["units"] = len(made.mask)
     if made.log:

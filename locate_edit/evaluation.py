@@ -157,7 +157,7 @@ def evaluate(
         },
         examples=run.examples(states),
         notes=(f"no random control: {reason}",) if reason else (),
-        undo=() if editable is None else tuple(undo) or _UNDO,
+        undo=() if editable is None else tuple(undo) or _undo(editable),
     )
 
 
@@ -165,6 +165,11 @@ _UNDO = (
     "edit.undo()                                         # in Python: the model is bit for bit as it was",
     "locate-edit undo EDITED_MODEL --edit FOLDER_OF_EDIT   # in a shell: takes the edit out of a saved model",
 )
+
+
+def _undo(target: Editable) -> tuple[str, ...]:
+    """How to take an edit back; one with additions is never part of a checkpoint."""
+    return _UNDO[:1] if getattr(target, "additions", ()) else _UNDO
 
 
 @dataclass
@@ -480,6 +485,8 @@ def _about_edit(target: Editable) -> dict[str, Any]:
     about = dict(target.provenance)
     if (delta := getattr(target, "delta", None)) is not None:
         about["entries_changed"] = int(delta.count())
+    if additions := getattr(target, "additions", ()):
+        about["additions"] = [str(each.what) for each in additions]
     if log := getattr(target, "log", None):
         about["steps_run"] = len(log)
     return about

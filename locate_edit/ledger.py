@@ -125,7 +125,8 @@ class Ledger:
         """Edit the model as `locate_edit.edit` does (same arguments and errors) and note it as a request.
 
         Raises:
-            EditError: a name that is taken, or what `locate_edit.edit` raises. The model and the ledger are as before.
+            EditError: a name that is taken, what `locate_edit.edit` raises, or a method that makes additions, which a
+                ledger does not hold. The model and the ledger are as before.
         """
         name = self._new_name(name)
 
@@ -133,6 +134,11 @@ class Ledger:
             return edit(self.model, method, mask, forget=forget, **options)
 
         made = make()
+        try:
+            made.without_additions("a ledger")
+        except EditError:
+            made.undo()
+            raise
         self._requests.append(Request(name, made, make))
         return made
 
@@ -140,13 +146,15 @@ class Ledger:
         """Note an edit that is applied to the model already. It can be taken back, but not made again.
 
         Raises:
-            EditError: a name that is taken, an edit that is not applied to this model, or one changed since.
+            EditError: a name that is taken, an edit that is not applied to this model, one changed since, or one with
+                additions.
         """
         name = self._new_name(name)
         if made.model is not self.model or any(made is request.edit for request in self):
             raise EditError(
                 "only an edit that is applied to the ledger's model, once, can be added"
             )
+        made.without_additions("a ledger")
         if (at := made.delta.mismatch(self.model, "new")) is not None:
             raise EditError(
                 f"{at} was changed after this edit: add edits in the order they were made"

@@ -192,6 +192,7 @@ class ShardedEnsemble:
                     **self.sisa.options,
                 )
                 made.undo()
+                made.without_additions("a sharded ensemble")
             stages.append(made.delta if last is None else _over(last, made.delta))
         return stages
 
