@@ -559,7 +559,9 @@ def _plain(value: Any) -> Any:
     """``value`` as JSON can hold it."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    if value is None or isinstance(value, str | int | float | bool | list | tuple | dict):
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, str | int | float | bool | dict):
         return value
     return repr(value)
 
