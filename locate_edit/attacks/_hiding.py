@@ -1,0 +1,70 @@
+"""Positive controls: models that know the answers and hide them from everything but one attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from circuits.forward import labelled_logits, token_log_probs
+from circuits.still import frozen
+from locate_edit.attacked import changed_weights, vocabulary_weights
+from locate_edit.prompts import PromptSet
+
+STEPS = 20
+"""Steps of sign ascent that make a control."""
+
+Box = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From a matrix `... out in`, the least and the largest value that each entry may have in the control."""
+
+
+@contextmanager
+def within(
+    model: nn.Module, forget: PromptSet, box: Box, *, batch_size: int, vocabulary: bool = False
+) -> Iterator[nn.Module]:
+    """The model with weights moved against the forget prompts inside a box, while the context is open.
+
+    Sign ascent on their loss in `STEPS` steps of a tenth of the box's width, all matrices together. A box that an
+    attack maps to one point makes a model that the attack brings back whole.
+
+    Args:
+        model: the model, which is restored afterwards.
+        forget: the prompts whose answers are hidden.
+        box: of each matrix.
+        batch_size: rows a forward pass.
+        vocabulary: include input embeddings and output head.
+    """
+    turned = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+    }
+    kept = set() if vocabulary else vocabulary_weights(model)
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and n not in kept}
+    boxes = {}
+    for name, weight in matrices.items():
+        found = box(weight.detach().mT if name in turned else weight.detach())
+        boxes[name] = tuple(side.mT if name in turned else side for side in found)
+
+    def middle(name: str, weight: Tensor) -> Tensor | None:
+        return weight.clamp(*boxes[name]) if name in boxes else None
+
+    device = next(model.parameters()).device
+    names = list(matrices)
+    with frozen(model), changed_weights(model, middle), torch.enable_grad():
+        for _ in range(STEPS):
+            for weight in matrices.values():
+                weight.requires_grad_(True)
+            totals = [torch.zeros_like(weight) for weight in matrices.values()]
+            for batch in forget.batches(batch_size):
+                there = batch.to(device)
+                loss = -token_log_probs(labelled_logits(model, there), there.label).sum()
+                found = torch.autograd.grad(
+                    loss, list(matrices.values()), allow_unused=True, materialize_grads=True
+                )
+                torch._foreach_add_(totals, found)
+            for name, total in zip(names, totals, strict=True):
+                weight, (low, high) = matrices[name].requires_grad_(False), boxes[name]
+                weight.copy_((weight + 0.1 * (high - low) * total.sign()).clamp(low, high))
+        yield model

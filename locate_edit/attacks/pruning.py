@@ -1,0 +1,76 @@
+"""Set small weights to zero: an edit that added a small suppressor loses it.
+
+Paper: Wei et al. 2024, Assessing the Brittleness of Safety Alignment via Pruning and Low-Rank Modifications
+(arXiv:2402.05162), with magnitude in place of its scores.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from locate_edit.attacked import Attacked, through_matrices
+from locate_edit.attacks._hiding import within
+from locate_edit.errors import EditError
+from locate_edit.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Likelihood of the targets after the smallest weights of every matrix are set to zero.
+
+    The ``share`` of smallest magnitude of each matrix goes (ties: the earlier entry); embeddings, head, biases and
+    norms stay.
+
+    Attributes:
+        share: of the entries of each matrix (fraction).
+
+    Raises:
+        EditError: share is not between 0 and 1.
+    """
+
+    share: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise EditError(f"Pruning: share must be at least 0 and below 1, got {self.share}")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        forget: PromptSet,
+        *,
+        retain: PromptSet | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> Attacked:
+        """Prune, measure, and put the weights back; ``seed`` changes nothing."""
+        return through_matrices(
+            model, self.pruned, forget, retain, batch_size=batch_size, notes={"share": self.share}
+        )
+
+    def pruned(self, weight: Tensor) -> Tensor:
+        """``weight`` with the smallest ``share`` of its entries at zero."""
+        return weight.masked_fill(self._small(weight), 0.0)
+
+    def hide(
+        self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
+    ) -> AbstractContextManager[nn.Module]:
+        """A positive control: the pruned model with small weights, moved against the forget prompts, back in place."""
+
+        def box(weight: Tensor) -> tuple[Tensor, Tensor]:
+            small = self._small(weight)
+            largest = weight[~small].abs().min() * 0.99
+            return weight.where(~small, -largest), weight.where(~small, largest)
+
+        return within(model, forget, box, batch_size=batch_size)
+
+    def _small(self, weight: Tensor) -> Tensor:
+        """Which entries of a matrix are the smallest share of it."""
+        order = weight.flatten().abs().argsort(stable=True)
+        small = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+        small[order[: int(self.share * weight.numel())]] = True
+        return small.reshape(weight.shape)

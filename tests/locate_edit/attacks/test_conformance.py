@@ -1,0 +1,103 @@
+"""What every attack guarantees: the model is left as it was, seeds repeat, retain stands beside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from locate_edit import catalog
+from locate_edit.attacked import Attack, Attacked
+from locate_edit.errors import LocateEditError
+from tests.locate_edit.engine_setting import model, prompts
+
+QUICK = {"steps": 3, "samples": 3, "candidates": 4, "restarts": 1, "length": 3}
+"""Values of hyperparameters that only cost time."""
+FAMILIES = ("llama-tied", "gpt2", "bert")
+CAUSAL_ONLY: frozenset[str] = frozenset()
+"""Attacks that generate, which masked models do not; they refuse with the reason."""
+
+
+def attacks() -> list[Any]:
+    """Every attack there is, with few steps."""
+    found = []
+    for entry in catalog.entries("attack"):
+        attack = entry.load()()
+        known = {field.name for field in dataclasses.fields(attack)}
+        found.append(dataclasses.replace(attack, **{k: v for k, v in QUICK.items() if k in known}))
+    return found
+
+
+def refused(attack: Any, name: str) -> bool:
+    return name == "bert" and type(attack).__name__ in CAUSAL_ONLY
+
+
+ATTACKS = attacks()
+by_name = pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: type(a).__name__)
+
+
+@by_name
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_model_is_left_as_it_was_and_seeds_repeat(
+    name: str, attack: Attack, untouched: Callable[[nn.Module], nn.Module]
+) -> None:
+    net = untouched(model(name).train())
+    forget, retain = prompts(name)
+    if refused(attack, name):
+        with pytest.raises(LocateEditError, match="causal"):
+            attack(net, forget, retain=retain, seed=3)
+        return
+    first = attack(net, forget, retain=retain, batch_size=2, seed=3)
+    again = attack(net, forget, retain=retain, batch_size=2, seed=3)
+    assert isinstance(first, Attacked)
+    for part in ("forget", "forget_clean", "retain", "retain_clean"):
+        mine, other = getattr(first, part), getattr(again, part)
+        assert not mine.withheld, f"{part}: {mine.withheld}"
+        np.testing.assert_array_equal(mine.values, other.values)
+    assert len(first.forget) == len(first.forget_clean) > 0
+    np.testing.assert_array_equal(first.forget.items, first.forget_clean.items)
+    if first.curve:
+        assert first.strength
+        assert first.curve[-1].forget == pytest.approx(first.forget.estimate)
+
+
+@by_name
+def test_without_retain_prompts(attack: Attack) -> None:
+    found = attack(model("llama-tied"), prompts("llama-tied")[0], batch_size=4)
+    assert found.retain is None
+    assert found.retain_clean is None
+    assert found.gain is not None
+
+
+@by_name
+def test_an_interruption_leaves_the_model_as_it_was(
+    attack: Attack, untouched: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = untouched(model("llama-tied"))
+    forget, retain = prompts("llama-tied")
+    passes = 0
+    forward = type(net).forward
+
+    def interrupted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 4:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(net), "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(4):  # some attacks need few passes
+            attack(net, forget, retain=retain, batch_size=2)
+
+
+@by_name
+def test_bfloat16_works(attack: Attack) -> None:
+    net = model("llama-tied", torch.bfloat16)
+    found = attack(net, prompts("llama-tied")[0])
+    assert np.isfinite(found.forget.values).all()
