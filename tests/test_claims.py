@@ -75,6 +75,20 @@ def test_a_finished_seed_is_kept_and_a_broken_one_is_not(
     assert calls == [0, 0, 0]
 
 
+def test_a_shared_file_counts_for_those_that_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "HERE", tmp_path)
+    (tmp_path / "mine.py").write_text("from benchmarks.claims._data import rows", encoding="utf-8")
+    (tmp_path / "_data.py").write_text("from benchmarks.claims import _words", encoding="utf-8")
+    (tmp_path / "_words.py").write_text("", encoding="utf-8")
+    first = trials.digest("mine")
+    (tmp_path / "_other.py").write_text("", encoding="utf-8")
+    assert trials.digest("mine") == first
+    (tmp_path / "_words.py").write_text("changed = True", encoding="utf-8")
+    assert trials.digest("mine") != first
+
+
 def test_a_failed_precondition_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "HERE", tmp_path)
     (tmp_path / "mine.py").write_text("", encoding="utf-8")

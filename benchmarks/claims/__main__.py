@@ -1,8 +1,8 @@
 """Try the claims: `python -m benchmarks.claims [FILE ...] --save`.
 
-Every finished seed is kept in ``--folder`` and not run again unless the claim's file (or one that claims share, whose
-name begins with an underscore) has changed, so the command can be interrupted and given again. After a change of the
-package itself, empty the folder.
+Every finished seed is kept in ``--folder`` and not run again unless the claim's file (or one that it shares with other
+claims, whose name begins with an underscore) has changed, so the command can be interrupted and given again. After a
+change of the package itself, empty the folder.
 """
 
 from __future__ import annotations
@@ -67,11 +67,18 @@ def checked(claim: Claim, figures: Figures) -> dict[str, float]:
     return found
 
 
+def digest(name: str) -> str:
+    """Of the claim's file and of the shared ones that it, or one of those, names."""
+    own, shared = [HERE / f"{name}.py"], sorted(HERE.glob("_[!_]*.py"))
+    for path in own:  # grows while it is read
+        text = path.read_text(encoding="utf-8")
+        own += [other for other in shared if other.stem in text and other not in own]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(own))).hexdigest()[:12]
+
+
 def tried(name: str, claim: Claim, seed: int, folder: Path) -> Trial:
     """One seed of a claim, from ``folder`` if it was finished before with the same file."""
-    own = [HERE / f"{name}.py", *sorted(HERE.glob("_*.py"))]
-    source = hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()[:12]
-    kept = folder / f"{name}-{seed}-{source}-{DEVICE}.json"
+    kept = folder / f"{name}-{seed}-{digest(name)}-{DEVICE}.json"
     if kept.is_file():
         return Trial(**json.loads(kept.read_text(encoding="utf-8")))
     started = time.process_time()
@@ -101,7 +108,7 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     names = files(given.files)
     claims = {name: load(name) for name in names}
-    trials = {}
+    trials: dict[str, list[Trial]] = {}
     for name, claim in claims.items():
         trials[claim.system] = []
         for seed in range(given.seeds):
