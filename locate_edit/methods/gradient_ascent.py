@@ -6,14 +6,13 @@ Paper: Jang et al. 2023, Knowledge Unlearning for Mitigating Privacy Risks in La
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from locate_edit.engine import Run, Step, StopWhen
-from locate_edit.errors import EditError
+from locate_edit.engine import Run, Step
+from locate_edit.methods._forgotten import check_rule, until_forgotten
 from locate_edit.optim import Optim
 
 
@@ -52,19 +51,13 @@ class GradientAscent:
     ascends: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.rule not in ("level", "forgotten"):
-            raise EditError(f"rule must be 'level' or 'forgotten', got {self.rule!r}")
-        if self.rule == "forgotten" and self.thresholds is None:
-            raise EditError(
-                "rule='forgotten' needs thresholds=(MA, EL_n), measured on text the model never saw "
-                "(locate_edit.metrics.memorization)"
-            )
+        check_rule(self.rule, self.thresholds)
 
     def __call__(self, run: Run) -> None:
         """Train the slices of ``run``."""
         if self.rule == "forgotten":
             run.levels = None
-            run.add_stop(StopWhen(self._excess(run), below=1e-12, every=self.every))
+            run.add_stop(until_forgotten(run, self.thresholds, self.n, self.every))
 
         def loss(step: Step) -> dict[str, Tensor]:
             scored = run.score(step.forget)
@@ -72,23 +65,3 @@ class GradientAscent:
             return {"forget": -(run.towards_level(step.forget, nll) * nll).mean()}
 
         run.fit(loss, steps=self.steps, lr=self.lr, optim=self.optim)
-
-    def _excess(self, run: Run) -> Callable[[nn.Module], float]:
-        """How far the mean that is worse off is above its threshold (0 when both are met)."""
-        from locate_edit.metrics.memorization import exact_memorization, extraction_likelihood
-        from locate_edit.metrics.predictions import Predictions
-
-        most = self.thresholds or (0.0, 0.0)
-
-        def above_unseen_text(model: nn.Module) -> float:
-            seen = Predictions(model, run.forget, batch_size=run.settings.batch_size)
-            found = exact_memorization(seen), extraction_likelihood(seen, n=self.n)
-            for values in found:
-                if values.estimate is None:
-                    raise EditError(
-                        f"rule='forgotten' cannot be used on these prompts: {values.name} {values.withheld}; "
-                        "use longer targets, a smaller n, or rule='level'"
-                    )
-            return max(0.0, *((v.estimate or 0.0) - m for v, m in zip(found, most, strict=True)))
-
-        return above_unseen_text

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from locate_edit.engine import Run, Step
+from locate_edit.methods._forgotten import check_rule, until_forgotten
 from locate_edit.methods._terms import check_positive
 from locate_edit.never_seen import Levels
 from locate_edit.optim import Optim
@@ -33,29 +34,39 @@ class SequentialAscent:
 
     Cost a step: one forward and one backward; at most ``steps`` of them for each chunk.
 
-    Deviations: each prompt is pushed only as far as its level, and a chunk ends when all of its prompts are there (the
-    paper's rule looks at the means of its metrics). Rules that end training early end the chunk they fire in, and the
+    Deviations: with rule "level" each prompt is pushed only as far as its level, and a chunk ends when all of its
+    prompts are there; "forgotten" is the paper's. Rules that end training early end the chunk they fire in, and the
     next one begins. Each record of the log names its ``chunk``.
 
     Attributes:
         steps: largest number of optimizer steps for each chunk.
         lr: learning rate (paper: 5e-5 with Adam betas 0.9, 0.98 on all weights; narrow masks want more).
         chunk: prompts a chunk, in the order of the set (paper: 8).
+        rule, thresholds, n, every: when a chunk ends, as in `GradientAscent`; with "forgotten" the means are those of
+            the chunk.
         optim: optimizer settings.
     """
 
     steps: int = 100
     lr: float = 5e-5
     chunk: int = 8
+    rule: Literal["level", "forgotten"] = "level"
+    thresholds: tuple[float, float] | None = None
+    n: int = 10
+    every: int = 1
     optim: Optim = field(default_factory=lambda: Optim(betas=(0.9, 0.98)))
 
     ascends: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(chunk=self.chunk)
+        check_rule(self.rule, self.thresholds)
 
     def __call__(self, run: Run) -> None:
         """Train the slices of ``run``."""
+        if self.rule == "forgotten":
+            run.levels = None
+            run.add_stop(until_forgotten(run, self.thresholds, self.n, self.every))
 
         def loss(step: Step) -> dict[str, Tensor]:
             nll = run.score(step.forget).nll()

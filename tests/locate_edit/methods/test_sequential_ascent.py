@@ -9,6 +9,7 @@ from locate_edit import EditError, edit
 from locate_edit.engine import StopWhen
 from locate_edit.methods.gradient_ascent import GradientAscent
 from locate_edit.methods.sequential_ascent import SequentialAscent
+from locate_edit.metrics.memorization import exact_memorization, extraction_likelihood
 from locate_edit.never_seen import mean_nll
 from tests.locate_edit.engine_setting import differing, state
 from tests.locate_edit.methods.memorised import memorised
@@ -72,3 +73,45 @@ def test_rules_end_a_chunk_not_the_run() -> None:
 def test_bad_settings() -> None:
     with pytest.raises(EditError, match="chunk must be positive, got 0"):
         SequentialAscent(chunk=0)
+
+
+def test_a_chunk_ends_where_its_own_means_are_those_of_unseen_text() -> None:
+    net, forget, _, mask = memorised()
+    seen: list[list[float]] = []
+
+    def watch(model: nn.Module) -> float:
+        seen.append([float(v) for v in exact_memorization(model, forget).values])
+        return 0.0
+
+    method = SequentialAscent(
+        steps=300, lr=2e-3, chunk=2, rule="forgotten", thresholds=(0.5, 1.0), n=1
+    )
+    made = edit(net, method, mask, forget=forget, stop=StopWhen(watch, above=1.0))
+    assert made.provenance["stopped"].count("above_unseen_text 0 fell below") == 2
+    assert "never_seen" not in made.provenance
+    first = [r["chunk"] for r in made.log].index(1)
+    for own, looks in ((slice(0, 2), seen[:first]), (slice(2, 4), seen[first:])):
+        means = [sum(look[own]) / 2 for look in looks]
+        assert means[-1] <= 0.5
+        assert all(mean > 0.5 for mean in means[:-1])
+
+
+def test_el_counts_once_ma_is_met() -> None:
+    _, forget, _, mask = memorised()
+    loose, strict = (
+        edit(
+            memorised()[0],
+            GradientAscent(steps=300, lr=2e-3, rule="forgotten", thresholds=(1.0, el), n=1),
+            mask,
+            forget=forget,
+        )
+        for el in (1.0, 0.4)
+    )
+    assert len(loose.log) == 1 < len(strict.log) < 300
+    assert strict.model is not None
+    assert (extraction_likelihood(strict.model, forget, n=1).estimate or 0.0) <= 0.4
+
+
+def test_the_rule_needs_thresholds() -> None:
+    with pytest.raises(EditError, match="needs thresholds"):
+        SequentialAscent(rule="forgotten")
