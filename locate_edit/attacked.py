@@ -208,7 +208,8 @@ def check_prompts(model: nn.Module, forget: PromptSet, retain: PromptSet | None)
     Raises:
         PromptError: not prompt sets, or a prompt longer than the model's context.
     """
-    if not isinstance(forget, PromptSet) or not isinstance(retain, PromptSet | None):
+    given: tuple[Any, ...] = (forget, retain)
+    if not isinstance(given[0], PromptSet) or not isinstance(given[1], PromptSet | None):
         raise PromptError(
             "an attack takes PromptSets: PromptSet(rows, tokenizer) makes one from a list"
         )

@@ -42,10 +42,10 @@ def within(
     }
     kept = set() if vocabulary else vocabulary_weights(model)
     matrices = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and n not in kept}
-    boxes = {}
+    boxes: dict[str, tuple[Tensor, Tensor]] = {}
     for name, weight in matrices.items():
         found = box(weight.detach().mT if name in turned else weight.detach())
-        boxes[name] = tuple(side.mT if name in turned else side for side in found)
+        boxes[name] = (found[0].mT, found[1].mT) if name in turned else found
 
     def middle(name: str, weight: Tensor) -> Tensor | None:
         return weight.clamp(*boxes[name]) if name in boxes else None
@@ -65,6 +65,6 @@ def within(
                 )
                 torch._foreach_add_(totals, found)
             for name, total in zip(names, totals, strict=True):
-                weight, (low, high) = matrices[name].requires_grad_(False), boxes[name]
-                weight.copy_((weight + 0.1 * (high - low) * total.sign()).clamp(low, high))
+                now, (low, high) = matrices[name].requires_grad_(False), boxes[name]
+                now.copy_((now + 0.1 * (high - low) * total.sign()).clamp(low, high))
         yield model

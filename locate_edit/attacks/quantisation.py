@@ -86,4 +86,5 @@ class Quantisation:
             part.abs().amax(dim=1, keepdim=True).expand_as(part)
             for part in rows.split(self.group or rows.shape[1], dim=1)
         ]
-        return torch.cat(most, dim=1).reshape(weight.shape) / (2 ** (self.bits - 1) - 1)
+        levels_a_side = int(2 ** (self.bits - 1)) - 1
+        return torch.cat(most, dim=1).reshape(weight.shape) / levels_a_side
