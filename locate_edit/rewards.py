@@ -146,7 +146,7 @@ class Lexicon:
 
     def __call__(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Rewards of ``continuations``, at most 0."""
-        return [-self._badness(text) for text in continuations]
+        return [0.0 - self._badness(text) for text in continuations]
 
     def _badness(self, text: str) -> float:
         listed = sum(len(_WORD.findall(found)) for found in self._pattern.findall(text))
@@ -226,7 +226,11 @@ class SmallClassifier:
         weight = torch.zeros(features, dtype=torch.float64, requires_grad=True)
         bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
         solver = torch.optim.LBFGS(
-            [weight, bias], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-8
+            [weight, bias],
+            max_iter=steps,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=1e-8,
+            tolerance_change=1e-14,
         )
 
         def closure() -> Tensor:

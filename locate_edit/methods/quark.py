@@ -41,8 +41,8 @@ class Quark:
     Reward tokens are inputs only: no model can say them, so nothing has to be cut off its logits.
 
     The edited model behaves well **with r_1 in front**: `prefixed` puts it before the prompts of a set, for `sample`
-    and for every metric. Without it much of the base behaviour is still there, as the paper's method has it; that is no
-    removal. Undoing the edit takes the tokens away.
+    and for every metric. The behaviour itself is still in the model: the worst token asks for it, and whether it comes
+    back without any token is left to chance. That is no removal. Undoing the edit takes the tokens away.
 
     Use it where what is to go can be scored but not written down as a list of texts: a register, a tone, repetition.
     Not for memorised strings. The reward is maximised as it is, with whatever it overlooks. Of each row only the prompt
@@ -263,9 +263,8 @@ class _Pool:
         """Members of the next batch, in ascending order; each comes once before any comes again."""
         size = min(size, len(self.members))
         while len(self._waiting) < size:
-            again = torch.randperm(len(self.members), generator=self.generator).tolist()
-            left = set(self._waiting)
-            self._waiting += [index for index in again if index not in left]
+            again = torch.randperm(len(self.members), generator=self.generator)
+            self._waiting += again.tolist()
         chosen, self._waiting = self._waiting[:size], self._waiting[size:]
         return sorted(chosen)
 
