@@ -44,8 +44,8 @@ def within(
     matrices = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and n not in kept}
     boxes: dict[str, tuple[Tensor, Tensor]] = {}
     for name, weight in matrices.items():
-        found = box(weight.detach().mT if name in turned else weight.detach())
-        boxes[name] = (found[0].mT, found[1].mT) if name in turned else found
+        side = box(weight.detach().mT if name in turned else weight.detach())
+        boxes[name] = (side[0].mT, side[1].mT) if name in turned else side
 
     def middle(name: str, weight: Tensor) -> Tensor | None:
         return weight.clamp(*boxes[name]) if name in boxes else None
