@@ -89,10 +89,35 @@ class Comparison:
                 found.setdefault((cell.localizer, cell.method, cell.budget), []).append(value)
         return {place: sum(values) / len(values) for place, values in found.items()}
 
-    def markdown(self) -> str:
-        """A table with a row for each localizer, method and budget, and below it what failed."""
-        keys = list(self.original)
+    def ranges(self, key: str) -> dict[tuple[str, str, int], tuple[float, float]]:
+        """Least and greatest of one "set/metric" over seeds, by localizer, method and budget."""
+        found: dict[tuple[str, str, int], tuple[float, float]] = {}
+        for cell in self.cells:
+            if (value := cell.values.get(key)) is not None:
+                place = (cell.localizer, cell.method, cell.budget)
+                low, high = found.get(place, (value, value))
+                found[place] = (min(low, value), max(high, value))
+        return found
+
+    def markdown(self, keys: Sequence[str] | None = None) -> str:
+        """A table with a row for each localizer, method and budget, and below it what failed.
+
+        With several seeds a measure is its mean, with the least and the greatest behind it.
+
+        Args:
+            keys: each "set/metric" that gets a column; None for all.
+
+        Raises:
+            EditError: nothing was measured under one of the keys.
+        """
+        keys = list(self.original if keys is None else keys)
+        if unknown := [key for key in keys if key not in self.original]:
+            raise EditError(
+                f"nothing was measured as {unknown[0]!r}; there is {', '.join(self.original)}"
+            )
         means = {key: self.means(key) for key in keys}
+        ranges = {key: self.ranges(key) for key in keys}
+        several = len({cell.seed for cell in self.cells}) > 1
         lines = [
             "| " + " | ".join(["localizer", "method", "units", *keys]) + " |",
             "|---" * (3 + len(keys)) + "|",
@@ -102,6 +127,12 @@ class Comparison:
                 lines.append(_row([name, "", "", *(_say(values.get(key)) for key in keys)]))
         for place in dict.fromkeys((c.localizer, c.method, c.budget) for c in self.cells):
             said = [_say(means[key].get(place)) for key in keys]
+            if several:
+                both = [ranges[key].get(place) for key in keys]
+                said = [
+                    one if ends is None else f"{one} ({_say(ends[0])} to {_say(ends[1])})"
+                    for one, ends in zip(said, both, strict=True)
+                ]
             lines.append(_row([*map(str, place), *said]))
         failed = [
             f"- {c.localizer}, {c.method}, {c.budget} units, seed {c.seed}: {c.failed}"
@@ -131,6 +162,7 @@ def compare(
     budgets: Sequence[int],
     forget: PromptSet,
     retain: PromptSet,
+    others: Mapping[str, PromptSet] | None = None,
     metrics: Sequence[Metric] = (likelihood,),
     oracle: nn.Module | None = None,
     folder: str | Path | None = None,
@@ -138,9 +170,10 @@ def compare(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Comparison:
-    """Edit with every localizer, method and number of units; measure each on the forget and the retain prompts.
+    """Edit with every localizer, method and number of units; measure each on the forget, retain and other prompts.
 
-    Localizers choose by ``forget`` and may look at ``retain``. The model is afterwards as it was, bit for bit, on every
+    Localizers choose by ``forget`` and may look at ``retain``, and methods train on both. What an edit costs where
+    nothing looked after it shows only in ``others``. The model is afterwards as it was, bit for bit, on every
     way out. Results depend on nothing but the arguments.
 
     Args:
@@ -150,6 +183,7 @@ def compare(
         budgets: numbers of units a mask has.
         forget: prompts to forget.
         retain: prompts to keep.
+        others: further prompts to measure, by name, that neither localizers nor methods see.
         metrics: functions of predictions, from `locate_edit.metrics`.
         oracle: a model retrained without the forget set; adds "oracle_kl".
         folder: where each finished cell is kept as JSON; what is there already is not done again, except failures.
@@ -158,11 +192,17 @@ def compare(
         progress: show a progress bar on standard error.
 
     Raises:
-        EditError: nothing to compare, or two localizers or methods that print alike.
+        EditError: nothing to compare, two localizers or methods that print alike, a number of units below one or given
+            twice, other prompts called forget or retain, or the model as its own oracle. What only one cell cannot do
+            is said in that cell.
     """
-    if not (localizers and methods and budgets and seeds):
-        raise EditError("give at least one localizer, method, budget and seed to compare")
     where, how = _names(localizers), _names(methods)
+    _check(where, how, budgets, seeds, others or {})
+    if oracle is model:
+        raise EditError(
+            "the oracle is the model that is edited, so that every distance would be 0: load the retrained model "
+            "apart, or leave the oracle out"
+        )
     shared = {
         "model": fingerprint(model),
         "oracle": None if oracle is None else fingerprint(oracle),
@@ -171,7 +211,9 @@ def compare(
         "metrics": [repr(getattr(metric, "__name__", metric)) for metric in metrics],
         "batch_size": batch_size,
     }
-    sets = {"forget": forget, "retain": retain}
+    sets = {"forget": forget, "retain": retain, **(others or {})}
+    if others:
+        shared["others"] = {name: prompts.digest for name, prompts in others.items()}
 
     def values(net: nn.Module) -> dict[str, float | None]:
         found: dict[str, float | None] = {}
@@ -179,7 +221,9 @@ def compare(
             seen = Predictions(net, prompts, batch_size=batch_size)
             for metric in metrics:
                 about = metric(seen)
-                found[f"{name}/{about.name}"] = about.estimate
+                if (key := f"{name}/{about.name}") in found:
+                    raise EditError(f"two metrics are called {about.name!r}: give each once")
+                found[key] = about.estimate
             if oracle is not None:
                 away = divergences(oracle, [net], prompts, batch_size=batch_size)[0]
                 found[f"{name}/{DISTANCE}"] = float(away.mean())
@@ -225,6 +269,8 @@ def compare(
             failed = f"{type(problem).__name__}: {problem}"
         return Cell(name, method, budget, seed, found, time.perf_counter() - started, failed)
 
+    # First of all, because what these cannot measure no cell can.
+    references = values(model), None if oracle is None else values(oracle)
     todo = [(w, h, b, s) for w in (*where, RANDOM) for h in how for b in budgets for s in seeds]
     cells = []
     with _bar(progress, len(todo)) as advance:
@@ -241,7 +287,7 @@ def compare(
                         writing.write_text(json.dumps(asdict(cell), indent=1) + "\n", "utf-8")
             cells.append(cell)
             advance(f"{cell.localizer}, {cell.method}, {cell.budget}")
-    return Comparison(tuple(cells), values(model), None if oracle is None else values(oracle))
+    return Comparison(tuple(cells), *references)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -255,6 +301,29 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
         if not beaten:
             found.append(i)
     return sorted(found, key=lambda i: points[i])
+
+
+def _check(
+    where: Mapping[str, Localizer],
+    how: Mapping[str, Method],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    others: Mapping[str, PromptSet],
+) -> None:
+    """Refuse what no cell could make sense of."""
+    if not (where and how and budgets and seeds):
+        raise EditError("give at least one localizer, method, budget and seed to compare")
+    for name, numbers in (("budget", budgets), ("seed", seeds)):
+        if twice := [n for n in numbers if list(numbers).count(n) > 1]:
+            raise EditError(f"the {name} {twice[0]} is given twice: give each once")
+    if (least := min(budgets)) < 1:
+        raise EditError(f"a budget is a number of units of at least 1, got {least}")
+    for name in others:
+        if name in ("forget", "retain") or "/" in name:
+            raise EditError(
+                f"other prompts cannot be called {name!r}: expected a name without a slash, other than forget and "
+                "retain, which are measured anyway"
+            )
 
 
 def _names(objects: Sequence[Any]) -> dict[str, Any]:

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from locate_edit import EditError
+from locate_edit import EditError, PromptError
 from locate_edit.compare import RANDOM, Cell, Comparison, compare, pareto
 from locate_edit.compare_figures import heat_map, trade_off
 from locate_edit.engine import Run
 from locate_edit.locate.magnitude import Magnitude
 from locate_edit.methods.fine_tune import FineTune
 from locate_edit.methods.gradient_ascent import GradientAscent
+from locate_edit.methods.rome import ROME
+from locate_edit.methods.selective import SelectiveForgetting
+from locate_edit.metrics.likelihood import likelihood
 from tests.locate_edit.engine_setting import differing, model, prompts, state
 
 TUNE = FineTune(steps=2, lr=1e-2)
@@ -102,11 +105,82 @@ def test_an_interruption_keeps_what_is_finished(tmp_path: Path) -> None:
     assert [(cell["method"], cell["failed"]) for cell in kept] == [("FineTune", None)]
 
 
-def test_nothing_and_twice_the_same_are_refused() -> None:
-    with pytest.raises(EditError, match="at least one localizer"):
-        run(model("gpt2"), budgets=[])
-    with pytest.raises(EditError, match="two things to compare are called"):
-        run(model("gpt2"), methods=[TUNE, TUNE])
+def test_other_prompts_are_measured_and_seen_by_nothing_else(tmp_path: Path) -> None:
+    net = model("gpt2")
+    forget, retain = prompts("gpt2")
+    plain = run(net, tmp_path)
+    found = run(net, tmp_path, others={"unseen": forget[:1]})
+    assert [c.values["unseen/likelihood"] for c in found.cells] != [None] * len(found.cells)
+    for one, other in zip(plain.cells, found.cells, strict=True):  # edits are what they were
+        assert one.values.items() <= other.values.items()
+    again = run(net, tmp_path, others={"unseen": forget[:1]})
+    assert again == found
+    changed = run(net, tmp_path, others={"unseen": retain[:1]})  # other prompts, other cells
+    for one, two in zip(found.cells, changed.cells, strict=True):
+        assert one.values["unseen/likelihood"] != two.values["unseen/likelihood"]
+    net_values = run(net, others={"unseen": forget}).cells[0].values
+    assert net_values["unseen/likelihood"] == net_values["forget/likelihood"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": []}, "at least one localizer"),
+        ({"seeds": ()}, "at least one localizer"),
+        ({"methods": [TUNE, TUNE]}, "two things to compare are called"),
+        ({"budgets": [2, 2]}, "the budget 2 is given twice"),
+        ({"seeds": (1, 0, 1)}, "the seed 1 is given twice"),
+        ({"budgets": [3, 0]}, "at least 1, got 0"),
+        ({"others": {"retain": prompts("gpt2")[0]}}, "cannot be called 'retain'"),
+        ({"others": {"a/b": prompts("gpt2")[0]}}, "cannot be called 'a/b'"),
+        ({"metrics": (likelihood, likelihood)}, "two metrics are called 'likelihood'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(EditError, match=message):
+        run(model("gpt2"), **changes)
+
+
+def test_an_oracle_is_another_model_that_reads_the_same_tokens(tmp_path: Path) -> None:
+    net = model("gpt2")
+    with pytest.raises(EditError, match="the oracle is the model that is edited"):
+        run(net, oracle=net)
+    with pytest.raises(PromptError, match="vocabular"):
+        run(net, tmp_path, oracle=model("gpt2", vocab_size=512))
+    assert not list(tmp_path.iterdir())  # found before the first cell
+
+
+def test_a_method_that_lacks_data_says_so_in_its_cell_and_the_others_go_on() -> None:
+    forget, retain = prompts("gpt2")
+    bare = forget.reread([{k: v for k, v in row.items() if k != "spans"} for row in forget.rows])
+    found = compare(
+        model("gpt2"), localizers=[Magnitude()], methods=[SelectiveForgetting(steps=1), TUNE],
+        budgets=[2], forget=bare, retain=retain,
+    )  # fmt: skip
+    reasons = {c.method: c.failed for c in found.cells if c.localizer == "Magnitude"}
+    assert "spans" in (reasons["SelectiveForgetting"] or "")
+    assert reasons["FineTune"] is None
+
+
+def test_a_mask_without_anything_the_method_can_change_says_so_in_its_cell() -> None:
+    found = run(model("gpt2"), localizers=[Magnitude(kinds=("head",))], methods=[ROME(), TUNE])
+    assert all(c.failed and "neuron" in c.failed for c in found.cells if c.method == "ROME")
+    assert not any(c.failed for c in found.cells if c.method == "FineTune")
+
+
+def test_the_table_has_the_range_over_seeds_and_the_columns_asked_for() -> None:
+    table = made_up().markdown()
+    assert "| A | NPO | 8 | 0.3 (0.2 to 0.4) | 0.9 (0.8 to 1) |" in table
+    assert "| C | NPO | 8 | - | - |" in table
+    assert made_up().ranges("forget/likelihood") == {
+        ("A", "NPO", 8): (0.2, 0.4),
+        ("B", "NPO", 8): (0.5, 0.5),
+    }
+    one = made_up().markdown(["retain/likelihood"])
+    assert "| localizer | method | units | retain/likelihood |" in one
+    assert "| original |  |  | 1 |" in one
+    with pytest.raises(EditError, match="nothing was measured as 'forget/nll'; there is forget/"):
+        made_up().markdown(["forget/nll"])
 
 
 def test_the_front_by_hand() -> None:
@@ -149,4 +223,4 @@ def test_figures_show_the_means_the_front_and_the_references(tmp_path: Path) -> 
         heat_map(found, "forget/exposure")
     found.save(tmp_path)
     assert json.loads((tmp_path / "comparison.json").read_text())["cells"][0]["budget"] == 8
-    assert "| A | NPO | 8 | 0.3 | 0.9 |" in (tmp_path / "comparison.md").read_text()
+    assert "| A | NPO | 8 | 0.3 (" in (tmp_path / "comparison.md").read_text()
