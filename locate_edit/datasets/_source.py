@@ -1,0 +1,139 @@
+"""Records of a data set, from a folder of JSON files or from the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from locate_edit.errors import PromptError
+
+Record = dict[str, Any]
+
+SUFFIXES = (".jsonl", ".json")
+
+
+def records(
+    source: str | Path, *names: str, hub: str | None = None, split: str = "train"
+) -> list[Record]:
+    """The records of a data set.
+
+    Args:
+        source: a folder, a file, or a name on the hub (``owner/name``).
+        names: what the file may be called in a folder, without its suffix; the first that is there is read.
+        hub: the configuration to ask the hub for; None takes the first of ``names``.
+        split: the hub's split.
+
+    Raises:
+        PromptError: no such folder, file or hub name, a file that is not JSON lines or a JSON list of objects, or
+            `datasets` is needed and not installed.
+    """
+    place = Path(source)
+    if place.is_file():
+        return read_json(place)
+    if place.is_dir():
+        for name in names:
+            for suffix in SUFFIXES:
+                if (place / f"{name}{suffix}").is_file():
+                    return read_json(place / f"{name}{suffix}")
+        there = sorted(p.name for p in place.iterdir() if p.suffix in SUFFIXES)
+        raise PromptError(
+            f"{place}: expected a file called {' or '.join(f'{n}.jsonl' for n in names)} (or .json), "
+            f"found {', '.join(there) or 'no JSON files'}."
+        )
+    if str(source).count("/") != 1 or place.is_absolute():
+        raise PromptError(
+            f"{source}: no such folder or file. Give a folder, a JSON file, or a name on the hub such as "
+            "'locuslab/TOFU'."
+        )
+    return _from_hub(str(source), hub or names[0], split)
+
+
+def read_json(path: Path) -> list[Record]:
+    """The objects of a file of JSON lines, or of one JSON list.
+
+    Raises:
+        PromptError: not UTF-8, not JSON, or not objects; names file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    if text.lstrip().startswith("["):
+        try:
+            found = list(enumerate(json.loads(text), start=1))
+        except json.JSONDecodeError as error:
+            raise PromptError(f"{path}:{error.lineno}: not valid JSON ({error.msg}).") from error
+        unit = "entry"
+    else:
+        found, unit = [], "line"
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    found.append((number, json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise PromptError(
+                        f"{path}, line {number}: not valid JSON ({error.msg}). Write one object a line, or one list."
+                    ) from error
+    for number, record in found:
+        if not isinstance(record, dict):
+            raise PromptError(
+                f"{path}, {unit} {number}: expected an object, got {type(record).__name__}."
+            )
+    if not found:
+        raise PromptError(f"{path}: the file holds no records.")
+    return [record for _, record in found]
+
+
+def read_object(path: Path) -> Record:
+    """The one object of a JSON file.
+
+    Raises:
+        PromptError: it is no JSON object.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PromptError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise PromptError(f"{path}: expected an object, got {type(record).__name__}.")
+    return record
+
+
+def field(record: Record, name: str, index: int, source: object) -> Any:
+    """One field of a record.
+
+    Raises:
+        PromptError: it is not there.
+    """
+    if name not in record:
+        raise PromptError(
+            f"{source}, record {index}: expected a field {name!r}, got {', '.join(sorted(record))}."
+        )
+    return record[name]
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of those there are.
+
+    Raises:
+        PromptError: with those there are.
+    """
+    if value not in allowed:
+        raise PromptError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _from_hub(name: str, configuration: str, split: str) -> list[Record]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise PromptError(
+            f"{name!r} is no local folder, and reading it from the hub needs the package 'datasets': pip install "
+            "datasets, or give a local folder."
+        ) from error
+    try:
+        return [dict(record) for record in datasets.load_dataset(name, configuration, split=split)]
+    except Exception as error:  # the library raises many kinds; all mean that it is not to be had
+        raise PromptError(
+            f"the hub gave no {name!r} ({configuration!r}, split {split!r}): {type(error).__name__}: {error}"
+        ) from error

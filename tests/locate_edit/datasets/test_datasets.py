@@ -1,0 +1,259 @@
+"""Public data sets as prompts: invented files in their layouts, and the real ones where they are at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from locate_edit.datasets import books, counterfact, pronouns, relations, tofu
+from locate_edit.datasets._source import records
+from locate_edit.errors import PromptError
+from tests.tiny import byte_tokenizer
+
+real = pytest.mark.skipif(
+    "LOCATE_EDIT_DATA" not in os.environ,
+    reason="set LOCATE_EDIT_DATA to a folder with the public data sets",
+)
+
+
+def data(name: str) -> Path:
+    return Path(os.environ["LOCATE_EDIT_DATA"]) / name
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+QUESTION = {
+    "question": "Who is Ann?",
+    "answer": "A writer.",
+    "paraphrased_question": "Ann is who?",
+    "paraphrased_answer": "Ann writes.",
+    "perturbed_answer": ["A baker.", "A judge."],
+}
+
+
+def test_tofu_rows_from_a_folder_in_the_published_layout(tmp_path: Path) -> None:
+    write(tmp_path / "forget01_perturbed.json", [QUESTION])
+    (row,) = tofu.rows(tmp_path, "forget01_perturbed")
+    assert row["prompt"] == "Question: Who is Ann?\nAnswer:"
+    assert row["target"] == " A writer."
+    assert row["wrong"] == [" A baker.", " A judge."]
+    assert row["paraphrases"] == ["Question: Ann is who?\nAnswer:"]
+    (row,) = tofu.rows(tmp_path, "forget01_perturbed", answer="paraphrased_answer")
+    assert row["target"] == " Ann writes."
+    made = tofu.prompts(tmp_path, byte_tokenizer(), "forget01_perturbed")
+    wrong = tofu.wrong_answers(made)
+    assert [(row["of"], row["target"]) for row in wrong] == [(0, " A baker."), (0, " A judge.")]
+
+
+def test_a_chat_template_gets_the_bare_question_and_the_audit_shows_what_is_scored(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "forget01.json", [QUESTION])
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    made = tofu.prompts(tmp_path, tokenizer, "forget01", chat_template=True, append_eos=True)
+    assert tokenizer.decode(made.prompt_ids(0)) == "<u>Who is Ann?</u><a>"
+    assert tokenizer.decode(made.target_ids(0)[:-1]) == "A writer."
+    assert made.target_ids(0)[-1] == tokenizer.eos_token_id
+    scored = [line for line in made.audit(0).splitlines()[2:] if "scored" in line]
+    assert len(scored) == len("A writer.") + 1
+
+
+def test_tofu_says_what_is_wrong(tmp_path: Path) -> None:
+    write(tmp_path / "forget05.json", [QUESTION])
+    with pytest.raises(PromptError, match="expected one of full, forget01"):
+        tofu.rows(tmp_path, "forget02")
+    with pytest.raises(PromptError, match=r"expected a file called forget01.jsonl.*forget05.json"):
+        tofu.rows(tmp_path, "forget01")
+    with pytest.raises(PromptError, match="expected .question. in it"):
+        tofu.rows(tmp_path, "forget05", template="Q: {q}")
+    with pytest.raises(PromptError, match="expected a field 'paraphrased_answer'"):
+        write(tmp_path / "forget10.json", [{"question": "Who?", "answer": "She."}])
+        tofu.rows(tmp_path, "forget10", answer="paraphrased_answer")
+    made = tofu.prompts(tmp_path, byte_tokenizer(), "forget10")
+    with pytest.raises(PromptError, match="item 0: no wrong answers"):
+        tofu.wrong_answers(made)
+
+
+CASE = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "{} plays",
+        "subject": "Ann Lee",
+        "relation_id": "P1",
+        "target_true": {"str": "golf"},
+        "target_new": {"str": "chess"},
+    },
+    "paraphrase_prompts": ["The game of Ann Lee is"],
+    "neighborhood_prompts": ["Bob plays", "Cy plays"],
+}
+
+
+def test_counterfact_in_both_layouts(tmp_path: Path) -> None:
+    flat = {
+        "case_id": 7, "relation": "P1", "prompt": "{} plays", "subject": "Ann Lee",
+        "target_true": "golf", "target_new": "chess",
+        "paraphrase_prompts": CASE["paraphrase_prompts"], "neighborhood_prompts": CASE["neighborhood_prompts"],
+    }  # fmt: skip
+    nested = write(tmp_path / "counterfact.jsonl", [CASE])
+    assert counterfact.rows(nested) == counterfact.rows(write(tmp_path / "flat.json", [flat]))
+    (row,) = counterfact.rows(tmp_path)
+    assert (row["prompt"], row["target"], row["wrong"]) == ("Ann Lee plays", " golf", [" chess"])
+    near = counterfact.neighbours(counterfact.prompts(tmp_path, byte_tokenizer()))
+    assert [(r["prompt"], r["target"], r["of"]) for r in near] == [
+        ("Bob plays", " golf", 0),
+        ("Cy plays", " golf", 0),
+    ]
+
+
+def test_relations_in_both_layouts(tmp_path: Path) -> None:
+    samples = [{"subject": f"S{i}", "object": f"O{i % 3}"} for i in range(6)]
+    about = {"name": "a b", "prompt_templates": ["{} has"], "prompt_templates_zs": ["What has {}?"]}
+    published = tmp_path / "published" / "factual"
+    published.mkdir(parents=True)
+    (published / "a_b.json").write_text(json.dumps({**about, "samples": samples}), "utf-8")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    write(flat / "templates.jsonl", [{"relation": "a_b", "category": "factual", **about}])
+    write(flat / "relations.jsonl", [{"relation": "a_b", **sample} for sample in samples])
+    assert relations.names(flat) == relations.names(tmp_path / "published") == ["a_b"]
+    found = relations.rows(flat, "a_b")
+    assert found == relations.rows(tmp_path / "published", "a_b")
+    assert found[1]["prompt"] == "S1 has"
+    assert found[1]["paraphrases"] == ["What has S1?"]
+    assert sorted(found[1]["wrong"]) == [" O0", " O2"]
+    assert relations.rows(flat, "a_b", template=1)[1]["prompt"] == "What has S1?"
+    with pytest.raises(PromptError, match="expected one of a_b, got 'c'"):
+        relations.rows(flat, "c")
+    with pytest.raises(PromptError, match=r"has 2 \(0 to 1\), got 2"):
+        relations.rows(flat, "a_b", template=2)
+
+
+def test_pronouns_pair_up(tmp_path: Path) -> None:
+    sentence = "The guard told the clerk that {} could go."
+    common = {"occupation": "guard", "participant": "clerk", "answer": 0}
+    spoken = {"male": "he", "female": "she", "neutral": "they"}
+    path = write(
+        tmp_path / "winogender.jsonl",
+        [{**common, "gender": g, "sentence": sentence.format(p)} for g, p in spoken.items()],
+    )
+    (row,) = pronouns.winogender(path)
+    assert row["prompt"] == "The guard told the clerk that"
+    assert (row["target"], row["wrong"], row["suffix"]) == (" he", [" she"], " could go.")
+    made = pronouns.prompts([row], byte_tokenizer(mask=True))
+    assert made.masked
+    write(path, [{**common, "gender": "male", "sentence": "He went."}])
+    with pytest.raises(PromptError, match="expected a male and a female sentence, got male"):
+        pronouns.winogender(path)
+
+
+def test_winobias_pairs_that_differ_elsewhere_are_left_out(tmp_path: Path) -> None:
+    def pair(number: int, pro: str, anti: str) -> list[dict[str, Any]]:
+        common = {"type": 1, "split": "dev", "id": number}
+        return [{**common, "stereotype": s, "sentence": t} for s, t in (("pro", pro), ("anti", anti))]  # fmt: skip
+
+    path = write(
+        tmp_path / "winobias.jsonl",
+        [
+            *pair(1, "[The cook] asked the guard if [she] may.", "[The cook] asked the guard if [he] may."),
+            *pair(2, "[The cook] met [her].", "[The cook] met [the guard]."),
+        ],
+    )  # fmt: skip
+    (row,) = pronouns.winobias(path)
+    assert (row["prompt"], row["target"], row["wrong"], row["suffix"]) == (
+        "The cook asked the guard if",
+        " she",
+        [" he"],
+        " may.",
+    )
+    assert row["group"] == "cook"
+    with pytest.raises(PromptError, match="no sentence pairs of type 2"):
+        pronouns.winobias(path, type_=2)
+
+
+def test_passages_cover_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("abcdefghij klmnop\r\nqrstuvwxyz", encoding="utf-8")
+    tokenizer = byte_tokenizer()
+    found = books.passages(path, tokenizer, length=10, given=4)
+    assert [(row["prompt"], row["target"]) for row in found] == [
+        ("abcd", "efghij"),
+        (" klm", "nop\nqr"),
+    ]
+    plain = books.prompts(path, tokenizer, length=12, stride=6)
+    assert [row["prompt"] for row in plain][:2] == ["abcdefghij k", "ghij klmnop\n"]
+    with pytest.raises(PromptError, match="fewer than one passage of 99"):
+        books.passages(path, tokenizer, length=99)
+    with pytest.raises(PromptError, match="0 <= given < length"):
+        books.passages(path, tokenizer, length=9, given=9)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no records"),
+        ('{"a": 1}\n{"a": ', "line 2: not valid JSON"),
+        ("[1, 2]", "entry 1: expected an object, got int"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(PromptError, match=says):
+        records(path, "x")
+
+
+def test_the_hub_is_asked_only_for_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, configuration: str, split: str) -> list[dict[str, Any]]:
+        asked.append((name, configuration, split))
+        return [QUESTION]
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert len(tofu.rows(split="retain_perturbed")) == 1
+    assert asked == [("locuslab/TOFU", "retain_perturbed", "train")]
+    with pytest.raises(PromptError, match="no such folder or file"):
+        tofu.rows("/nowhere/at/all", "forget01")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PromptError, match="pip install datasets"):
+        tofu.rows(split="forget01")
+
+
+@real
+def test_real_tofu() -> None:
+    sizes = {name: len(tofu.rows(data("tofu"), name)) for name in tofu.SPLITS[:12]}
+    assert sizes == {
+        "full": 4000, "forget01": 40, "forget05": 200, "forget10": 400, "retain90": 3600, "retain95": 3800,
+        "retain99": 3960, "forget01_perturbed": 40, "forget05_perturbed": 200, "forget10_perturbed": 400,
+        "retain_perturbed": 400, "real_authors_perturbed": 100,
+    }  # fmt: skip
+    assert not {r["question"] for r in tofu.rows(data("tofu"), "forget10")} & {
+        r["question"] for r in tofu.rows(data("tofu"), "retain90")
+    }
+
+
+@real
+def test_real_pairs_and_cases() -> None:
+    assert len(counterfact.rows(data("counterfact"))) == 1000
+    assert len(relations.names(data("relations_lre"))) == 47
+    assert len(pronouns.winogender(data("winogender"))) == 240
+    bias = pronouns.winobias(data("winobias"))
+    assert len(bias) > 1500
+    words = {text.strip().lower() for row in bias for text in (row["target"], *row["wrong"])}
+    assert words <= pronouns.PRONOUNS
+    assert len(books.passages(data("books") / "alice_in_wonderland.txt", byte_tokenizer())) > 1000
