@@ -77,7 +77,7 @@ def test_tofu_says_what_is_wrong(tmp_path: Path) -> None:
         tofu.rows(tmp_path, "forget02")
     with pytest.raises(PromptError, match=r"expected a file called forget01.jsonl.*forget05.json"):
         tofu.rows(tmp_path, "forget01")
-    with pytest.raises(PromptError, match="expected .question. in it"):
+    with pytest.raises(PromptError, match=r"expected \{question\} in it"):
         tofu.rows(tmp_path, "forget05", template="Q: {q}")
     with pytest.raises(PromptError, match="expected a field 'paraphrased_answer'"):
         write(tmp_path / "forget10.json", [{"question": "Who?", "answer": "She."}])
