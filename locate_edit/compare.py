@@ -28,7 +28,7 @@ from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
 
-__all__ = ["RANDOM", "Cell", "Comparison", "compare", "pareto"]
+__all__ = ["DISTANCE", "RANDOM", "Cell", "Comparison", "compare", "pareto"]
 
 RANDOM = "random mask"
 """What the row of random masks is called."""
@@ -99,8 +99,8 @@ class Comparison:
                 found[place] = (min(low, value), max(high, value))
         return found
 
-    def markdown(self, keys: Sequence[str] | None = None) -> str:
-        """A table with a row for each localizer, method and budget, and below it what failed.
+    def table(self, keys: Sequence[str] | None = None) -> list[list[str]]:
+        """A header, and a row for original, oracle and each localizer, method and budget, as text.
 
         With several seeds a measure is its mean, with the least and the greatest behind it.
 
@@ -118,13 +118,10 @@ class Comparison:
         means = {key: self.means(key) for key in keys}
         ranges = {key: self.ranges(key) for key in keys}
         several = len({cell.seed for cell in self.cells}) > 1
-        lines = [
-            "| " + " | ".join(["localizer", "method", "units", *keys]) + " |",
-            "|---" * (3 + len(keys)) + "|",
-        ]
+        rows = [["localizer", "method", "units", *keys]]
         for name, values in (("original", self.original), ("oracle", self.oracle)):
             if values is not None:
-                lines.append(_row([name, "", "", *(_say(values.get(key)) for key in keys)]))
+                rows.append([name, "", "", *(_say(values.get(key)) for key in keys)])
         for place in dict.fromkeys((c.localizer, c.method, c.budget) for c in self.cells):
             said = [_say(means[key].get(place)) for key in keys]
             if several:
@@ -133,7 +130,13 @@ class Comparison:
                     one if ends is None else f"{one} ({_say(ends[0])} to {_say(ends[1])})"
                     for one, ends in zip(said, both, strict=True)
                 ]
-            lines.append(_row([*map(str, place), *said]))
+            rows.append([*map(str, place), *said])
+        return rows
+
+    def markdown(self, keys: Sequence[str] | None = None) -> str:
+        """`table(keys)` in Markdown, and below it what failed."""
+        header, *rows = self.table(keys)
+        lines = [_row(header), "|---" * len(header) + "|", *map(_row, rows)]
         failed = [
             f"- {c.localizer}, {c.method}, {c.budget} units, seed {c.seed}: {c.failed}"
             for c in self.failures
@@ -221,6 +224,11 @@ def compare(
             seen = Predictions(net, prompts, batch_size=batch_size)
             for metric in metrics:
                 about = metric(seen)
+                if not isinstance(about, Values):
+                    raise EditError(
+                        f"{getattr(metric, '__name__', metric)} gives {type(about).__name__}, not the Values of a "
+                        "metric: see locate_edit.metrics for functions of predictions"
+                    )
                 if (key := f"{name}/{about.name}") in found:
                     raise EditError(f"two metrics are called {about.name!r}: give each once")
                 found[key] = about.estimate

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from locate_edit.compare import Comparison, pareto
+from locate_edit.compare import DISTANCE, Comparison, pareto
 from locate_edit.errors import EditError
 
 if TYPE_CHECKING:
@@ -45,23 +45,27 @@ def heat_map(found: Comparison, key: str, ax: Axes | None = None) -> Axes:
     return axes
 
 
-def trade_off(found: Comparison, metric: str = "likelihood", ax: Axes | None = None) -> Axes:
-    """A point for each localizer, method and size: ``metric`` on the forget against that on the retain prompts.
+def trade_off(
+    found: Comparison, metric: str = "likelihood", keep: str = "retain", ax: Axes | None = None
+) -> Axes:
+    """A point for each localizer, method and size: ``metric`` on the forget against that on the ``keep`` prompts.
 
-    The line joins the points that no other beats (less on forget, more on retain). Original and oracle are marked;
-    going beyond the oracle on the forget prompts is no merit.
+    The line joins the points that no other beats: less on forget and more on ``keep``, or less of both where the metric
+    is the distance to the oracle. Original and oracle are marked; going beyond the oracle on the forget prompts is no
+    merit. Prompts that no method saw (`compare(others=...)`) make the fairer ``keep``.
 
     Raises:
         EditError: no cell has that measure.
     """
-    forget, retain = _means(found, f"forget/{metric}"), _means(found, f"retain/{metric}")
+    forget, retain = _means(found, f"forget/{metric}"), _means(found, f"{keep}/{metric}")
     places = [place for place in forget if place in retain]
     points = [(forget[place], retain[place]) for place in places]
+    sign = -1.0 if metric == DISTANCE else 1.0
     axes = ax if ax is not None else _axes(6.4, 4.2)
     for name in dict.fromkeys(place[0] for place in places):
         mine = [point for place, point in zip(places, points, strict=True) if place[0] == name]
         axes.scatter([x for x, _ in mine], [y for _, y in mine], label=name, s=28)
-    best = [points[i] for i in pareto(points)]
+    best = [points[i] for i in pareto([(x, sign * y) for x, y in points])]
     axes.plot(
         [x for x, _ in best],
         [y for _, y in best],
@@ -71,11 +75,11 @@ def trade_off(found: Comparison, metric: str = "likelihood", ax: Axes | None = N
         label="not beaten",
     )
     for name, values, marker in (("original", found.original, "D"), ("oracle", found.oracle, "*")):
-        at = [(values or {}).get(f"{part}/{metric}") for part in ("forget", "retain")]
+        at = [(values or {}).get(f"{part}/{metric}") for part in ("forget", keep)]
         if (known := [value for value in at if value is not None]) == at:
             axes.scatter(known[:1], known[1:], marker=marker, color="black", s=80, label=name)
     axes.set_xlabel(f"{metric}, forget")
-    axes.set_ylabel(f"{metric}, retain")
+    axes.set_ylabel(f"{metric}, {keep}")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
