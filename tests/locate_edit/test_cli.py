@@ -149,6 +149,32 @@ def test_edit_changes_only_the_mask_and_can_be_undone(folder: Path, tmp_path: Pa
     assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
+def test_an_edit_with_adapters_is_saved_but_not_merged(folder: Path, tmp_path: Path) -> None:
+    common = ("edit", folder / "gpt2", "--method", "eul", "--steps", 2, "--set", "width=3")
+    common = (*common, "--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl")
+    merged = tmp_path / "merged"
+    said = run(*common, "--out", tmp_path / "edit", "--merge", merged, code=1)
+    assert "--merge (the edit is in " in said.stderr
+    assert (
+        "takes changes of weights only, and this edit holds adapter of 3 at L0.mlp" in said.stderr
+    )
+    assert not merged.exists()
+    about = run_json("info", tmp_path / "edit")
+    assert about["additions"] == ["adapter of 3 at L0.mlp", "adapter of 3 at L1.mlp"]
+    said = run("undo", folder / "gpt2", "--edit", tmp_path / "edit", "--out", merged, code=1)
+    assert "a checkpoint that an edit was merged into takes changes of weights only" in said.stderr
+    assert not merged.exists()
+    measured = run_json(
+        "evaluate",
+        folder / "gpt2",
+        "--edit",
+        tmp_path / "edit",
+        "--forget",
+        folder / "forget.jsonl",
+    )
+    assert "before" in str(measured)
+
+
 def test_settings_reach_the_method(folder: Path, tmp_path: Path) -> None:
     options = (
         "--set",
