@@ -25,14 +25,14 @@ from locate_edit.errors import EditError
 from locate_edit.optim import Optim
 from locate_edit.prompts import Batch, PromptSet
 from locate_edit.rewards import Lexicon, Reward, find, name_of, rewards
-from locate_edit.sampling import Continuation, sample
+from locate_edit.sampling import Continuation, check_lengths, sample
 
 __all__ = ["Quark", "prefixed", "quantiles", "reward_token"]
 
 
 @dataclass(frozen=True)
 class Quark:
-    """Learn ``quantiles`` tokens that ask for continuations of such a reward, to be used with the best one in front.
+    """Learn a token for each quantile of a reward from the model's own samples; used with the best one in front.
 
     A pool grows: every ``every`` steps each forget prompt is continued ``samples`` times, by the base model at first
     and by the model with the best token ``r_1`` in front after that. The whole pool is sorted by reward and cut into
@@ -125,6 +125,9 @@ class Quark:
             raise EditError("Quark samples continuations, so it needs a causal language model")
         run.add([ExtraTokens(self.quantiles)])
         tokens = list(run.extra_ids)
+        longest = run.forget.preceded([[tokens[0]]] * len(run.forget))
+        starts = [longest.prompt_ids(index) for index in range(len(longest))]
+        check_lengths(run.model, starts, [self.length] * len(starts))
         pool = _Pool(self, run, tokens)
 
         def loss(step: Step) -> dict[str, Tensor]:

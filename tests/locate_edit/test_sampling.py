@@ -97,6 +97,18 @@ def test_same_seed_same_tokens_whatever_the_batch_size() -> None:
     assert sample_ids(model, STARTS, length=6, samples=3, seed=2) != found
 
 
+def test_a_batch_costs_one_forward_a_token() -> None:
+    model = tiny("llama")
+    widths: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    sample_ids(model, STARTS, length=5, samples=3, batch_size=8)
+    # The longest prompt has 6 tokens, the longest of the last four rows 2; then one token a row and pass.
+    assert widths == [(8, 6), *[(8, 1)] * 4, (4, 2), *[(4, 1)] * 4]
+
+
 class Fixed(nn.Module):
     """A model that gives the same logits whatever it reads."""
 

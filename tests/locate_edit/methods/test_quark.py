@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from locate_edit import Edit, EditError, PromptSet, catalog, edit
-from locate_edit.errors import RewardError
+from locate_edit.errors import PromptError, RewardError
 from locate_edit.methods import quark
 from locate_edit.methods.npo import NPO
 from locate_edit.methods.quark import Quark, prefixed, quantiles, reward_token
@@ -343,6 +343,8 @@ def test_it_says_what_it_needs() -> None:
         Quark(beta=float("nan"))
     with pytest.raises(EditError, match="reward must be a function"):
         Quark(reward=3)  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="35 tokens and 94 new ones are more than the 128"):
+        edit(net, Quark(steps=1, length=94), units, forget=forget)  # 34 without the reward token
     assert not differing(net, state(model("llama-tied")))
 
 
