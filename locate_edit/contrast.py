@@ -158,7 +158,7 @@ def logit_difference(
         if not row.get("wrong") or row.get("target") is None:
             raise PromptError(
                 f"{prompts!r}, item {index}: a logit difference needs a 'target' and a 'wrong' answer, the row has "
-                f"{sorted(row)}"
+                f"{sorted(row)}. Write the answer to compare with into the row: 'wrong': [\" ...\"]"
             )
         rows.append({**row, "target": row["wrong"][0], "spans": None})
     wrong = prompts.reread(rows)

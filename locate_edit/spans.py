@@ -120,9 +120,17 @@ class Annotator:
 
 
 def merged(spans: Iterable[Stretch]) -> tuple[Stretch, ...]:
-    """Spans in order, overlapping ones made one; spans that only touch stay two."""
+    """Spans in order, overlapping ones made one; spans that only touch stay two.
+
+    Raises:
+        PromptError: a span that ends where it begins or before, or begins before the text.
+    """
     found: list[Stretch] = []
     for start, end in sorted((int(start), int(end)) for start, end in spans):
+        if not 0 <= start < end:
+            raise PromptError(
+                f"[{start}, {end}) is no span: expected [start, end) with 0 <= start < end"
+            )
         if found and start < found[-1][1]:
             found[-1] = (found[-1][0], max(found[-1][1], end))
         else:
@@ -131,7 +139,11 @@ def merged(spans: Iterable[Stretch]) -> tuple[Stretch, ...]:
 
 
 def intersection(one: Iterable[Stretch], two: Iterable[Stretch]) -> tuple[Stretch, ...]:
-    """The stretches that lie in a span of both."""
+    """The stretches that lie in a span of both.
+
+    Raises:
+        PromptError: as `merged`.
+    """
     left, right = merged(one), merged(two)
     found, i, j = [], 0, 0
     while i < len(left) and j < len(right):

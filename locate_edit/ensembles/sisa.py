@@ -17,6 +17,7 @@ pretrained base inside a mask, not models from scratch, so that what the base it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,13 +30,15 @@ from circuits import ComponentMask
 from circuits.forward import labelled_logits, token_log_probs
 from locate_edit.delta import Change, Delta
 from locate_edit.editing import Method, edit
-from locate_edit.ensembles.shards import By, Place, places
+from locate_edit.ensembles.shards import By, Place, places, text_of
 from locate_edit.errors import EditError
 from locate_edit.fingerprint import difference, fingerprint
 from locate_edit.losses import per_item_sum
 from locate_edit.methods.fine_tune import FineTune
 from locate_edit.metrics.running import evaluating
 from locate_edit.prompts import PromptSet
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,9 @@ class ShardedEnsemble:
     def delete(self, items: Iterable[int]) -> list[Place]:
         """Delete rows by index, exactly: the ensemble becomes the one trained without them, bit for bit on a CPU.
 
+        Rows are deleted, not texts: where another row says the same (without regard to case and spacing), a warning is
+        logged that names it, because the ensemble goes on knowing the text.
+
         Returns:
             The stages that were trained again.
 
@@ -161,6 +167,13 @@ class ShardedEnsemble:
             raise EditError("nothing would be left of the ensemble; drop it instead")
         if (reason := difference(self._base, fingerprint(self.model))) is not None:
             raise EditError(f"the model is not the base of this ensemble now: {reason}")
+        texts = {text_of(self.data[i]) for i in gone}
+        if copies := [at for at, i in enumerate(left) if text_of(self.data[i]) in texts]:
+            logger.warning(
+                "what is deleted also stands in row %s (counted after the deletion), which stays: delete it too if the "
+                "text is to be forgotten",
+                ", ".join(map(str, copies)),
+            )
         first: dict[int, int] = {}
         for place in (self.places[i] for i in gone):
             first[place.shard] = min(place.slice, first.get(place.shard, place.slice))

@@ -95,7 +95,8 @@ def other_answers(run: Run) -> PromptSet:
         if not isinstance(other, str) or row.get("target") is None:
             raise EditError(
                 f"{run.forget!r}, item {index}: expected a 'target' and another answer to put in its place, "
-                f"'alternative' (a text) or 'wrong' (a list of texts), but the row has {sorted(row)}"
+                f"'alternative' (a text) or 'wrong' (a list of texts), but the row has {sorted(row)}. Write one into "
+                "every row; locate_edit.replacements makes texts of the same form as a private one"
             )
         found.append([other])
     return with_targets(run, run.forget, found, "with other answers")

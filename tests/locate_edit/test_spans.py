@@ -128,6 +128,14 @@ def test_spans_are_joined_by_characters() -> None:
     assert (one & two)(text) == ((2, 3), (4, 5))
     assert (one & (one | two))(text) == one(text)
     assert merged([]) == intersection([], [(0, 1)]) == ()
+    assert merged([(3, 5), (3, 5), (0, 4)]) == ((0, 5),)
+    for backwards in ((5, 2), (3, 3), (-1, 2)):
+        with pytest.raises(
+            PromptError, match=r"is no span: expected \[start, end\) with 0 <= start"
+        ):
+            merged([(0, 1), backwards])
+        with pytest.raises(PromptError, match="is no span"):
+            intersection([(0, 9)], [backwards])
     # against sets of characters
     left, right = [(0, 3), (5, 6), (8, 12)], [(1, 2), (2, 9), (11, 30)]
     both = {k for a, b in left for k in range(a, b)} & {k for a, b in right for k in range(a, b)}

@@ -193,6 +193,19 @@ def test_a_text_in_two_shards_is_refused_naming_its_rows() -> None:
     check_disjoint(torn, [Place(0, 0)] * 13)
 
 
+def test_a_text_that_stays_in_another_row_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    twice = PromptSet([*rows(), {"prompt": "ITEM  03 is", "target": " yes"}], byte_tokenizer())
+    net = model("llama-tied")
+    ensemble = Sisa(LEARN, shards=2, slices=1, options=OPTIONS).train(net, twice, some_units(net))
+    ensemble.delete([4])
+    assert not caplog.messages
+    ensemble.delete([3])  # the copy was row 12, and rows 3 and 4 are gone
+    (message,) = caplog.messages
+    assert (
+        "also stands in row 10 (counted after the deletion), which stays: delete it too" in message
+    )
+
+
 # -- votes ----------------------------------------------------------------------------------------
 
 
