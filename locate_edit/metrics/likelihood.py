@@ -5,22 +5,26 @@
 | likelihood | exp(mean_t log p(x_t)), the geometric mean of the token probabilities | 0 to 1 | up |
 | probability | exp(sum_t log p(x_t)), of the target as a whole | 0 to 1 | up |
 | nll | -mean_t log p(x_t) | nats a token | down |
+| normalised_probability | P / (P + sum_j W_j), likelihoods of the target and of wrong answers | 0 to 1 | up |
 
 p is the model's probability of the token with what stands before it given (causal), or with all other tokens given
-(masked). Token weights enter the means and sums. All three average over items with equal weight; they have no
-precondition.
+(masked). Token weights enter the means and sums. All average over items with equal weight; only the last has a
+precondition, wrong answers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
 
 from locate_edit.metrics.predictions import Predictions
-from locate_edit.metrics.values import Values
+from locate_edit.metrics.truth_ratio import wrong_losses
+from locate_edit.metrics.values import Floats, Values
 from locate_edit.prompts import PromptSet
 
-__all__ = ["likelihood", "nll", "probability"]
+__all__ = ["likelihood", "nll", "normalised_from_losses", "normalised_probability", "probability"]
 
 _WEIGHTED = "at least one scored token of non-zero weight"
 
@@ -61,6 +65,42 @@ def nll(predictions: Predictions | nn.Module, prompts: PromptSet | None = None) 
     predictions = Predictions.of(predictions, prompts)
     values = [_ratio(np.negative, total, mass) for total, mass in _sums(predictions)]
     return Values.make("nll", values, unit="nats a token", direction="down", precondition=_WEIGHTED)
+
+
+def normalised_probability(
+    predictions: Predictions | nn.Module, prompts: PromptSet | None = None
+) -> Values:
+    """The target's share of the length-normalised probability of all answers, right and wrong; 1 is certainty.
+
+    P / (P + sum_j W_j) with P and W_j exp of the mean log-probability a token: TOFU's "probability" on real authors
+    and world facts. With n wrong answers 1 / (1 + n) is a guess. Averaged over items. Needs rows with `wrong` answers.
+    open-unlearning adds 1e-10 to the denominator.
+    """
+    predictions = Predictions.of(predictions, prompts)
+    right = [_ratio(np.negative, total, mass) for total, mass in _sums(predictions)]
+    wrong: list[Floats] = [np.zeros(0)] * len(right)
+    if any(row.get("wrong") for row in predictions.prompts.rows):
+        wrong = wrong_losses(predictions.wrong, len(right))
+    return normalised_from_losses([np.nan if loss is None else loss for loss in right], wrong)
+
+
+def normalised_from_losses(
+    right: Sequence[float] | Floats, wrong: Sequence[Sequence[float] | Floats]
+) -> Values:
+    """`normalised_probability` from losses in nats a token: right ones `item`, wrong ones `item wrong`."""
+    values = [
+        float(np.exp(-loss - np.logaddexp.reduce(-np.array([loss, *others], dtype=np.float64))))
+        if len(others) and np.isfinite(loss)
+        else None
+        for loss, others in zip(right, wrong, strict=True)
+    ]
+    return Values.make(
+        "normalised_probability",
+        values,
+        unit="probability",
+        direction="up",
+        precondition="a wrong answer at least ('wrong')",
+    )
 
 
 def _sums(predictions: Predictions) -> list[tuple[float, float]]:

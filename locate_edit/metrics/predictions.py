@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from circuits.forward import labelled_logits
+from circuits.forward import labelled_logits, token_log_probs
 from locate_edit.errors import PromptError
 from locate_edit.metrics.generation import generate
-from locate_edit.metrics.running import evaluating, label_kl, scored_batches
+from locate_edit.metrics.running import evaluating, label_jsd, label_kl, row_blocks, scored_batches
 from locate_edit.metrics.values import Floats
 from locate_edit.prompts import PromptSet
 
-__all__ = ["Digits", "Predictions", "digit_tokens"]
+__all__ = ["Digits", "Predictions", "Wrong", "digit_tokens"]
 
 # What tokenizers write before a piece of text: nothing, a space (three spellings), "continues a word".
 _PREFIXES = ("", "\u0120", "\u2581", " ", "##")
@@ -40,14 +41,29 @@ class Digits:
     logprob: Floats
 
 
+class Wrong(NamedTuple):
+    """Predictions on the wrong answers of a prompt set.
+
+    Attributes:
+        predictions: those on rows that have a wrong answer in the place of the target, one item an answer.
+        of: the item of the prompt set that each answer belongs to, `answer` int64, in ascending order.
+    """
+
+    predictions: Predictions
+    of: NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class _Scored:
     logprob: Floats
     entropy: Floats
+    variance: Floats
     rank: NDArray[np.int64]
     top: NDArray[np.int64]
     digits: Digits
     divergence: Floats
+    jensen_shannon: Floats
+    reference_logprob: Floats
 
 
 class Predictions:
@@ -63,7 +79,7 @@ class Predictions:
         model: a causal or masked language model.
         prompts: the prompts, for the same kind of model.
         batch_size: rows a forward pass.
-        reference: another model that sees the same batches, for `divergence`.
+        reference: another model that sees the same batches, for `divergence` and its like.
     """
 
     def __init__(
@@ -138,6 +154,14 @@ class Predictions:
         return self._scored.entropy
 
     @property
+    def variance(self) -> Floats:
+        """Variance of the log-probability of a token drawn from the prediction itself, `label` float64 (nats^2).
+
+        Its mean is minus the entropy.
+        """
+        return self._scored.variance
+
+    @property
     def rank(self) -> NDArray[np.int64]:
         """How many tokens of the vocabulary are more probable than each scored token, `label` int64."""
         return self._scored.rank
@@ -164,16 +188,68 @@ class Predictions:
         Raises:
             PromptError: there is no reference.
         """
-        if self.reference is None:
-            raise PromptError(
-                "a divergence needs a second model: Predictions(model, prompts, reference=...)."
-            )
+        self._check_reference()
         return self._scored.divergence
+
+    @property
+    def jensen_shannon(self) -> Floats:
+        """Jensen-Shannon divergence of the two models' predictions at each scored token, `label` float64 (nats).
+
+        Raises:
+            PromptError: there is no reference.
+        """
+        self._check_reference()
+        return self._scored.jensen_shannon
+
+    @property
+    def reference_logprob(self) -> Floats:
+        """Natural-log probability of each scored token under the reference, `label` float64 (nats).
+
+        Raises:
+            PromptError: there is no reference.
+        """
+        self._check_reference()
+        return self._scored.reference_logprob
 
     @cached_property
     def generated(self) -> list[list[int]]:
         """Greedy continuation of each prompt, as long as its target (causal models)."""
         return generate(self.model, self.prompts, batch_size=self.batch_size)
+
+    @cached_property
+    def wrong(self) -> Wrong:
+        """The same model (and reference) on the rows' wrong answers, each of them in the place of the target.
+
+        Rows without a `wrong` answer have none here. A token mask plays no part, nor do spans.
+
+        Raises:
+            PromptError: no row has a wrong answer, or the set holds other tokens than its rows say (tokens put in
+                front, say), so that it cannot be read again with other targets.
+        """
+        rows, of = [], []
+        for index, row in enumerate(self.prompts.rows):
+            kept = {key: value for key, value in row.items() if key not in ("spans", "wrong")}
+            for text in row.get("wrong", ()):
+                rows.append({**kept, "target": text})
+                of.append(index)
+        if not rows:
+            raise PromptError(
+                f"{self.prompts!r} has no wrong answers. Give each row a list of them in the field 'wrong'."
+            )
+        asked = sorted(set(of))
+        again = self.prompts.reread(self.prompts.rows[index] for index in asked)
+        if any(again.ids(i) != self.prompts.ids(index) for i, index in enumerate(asked)):
+            raise PromptError(
+                f"{self.prompts!r} holds other tokens than its rows say, so its wrong answers cannot be read the same "
+                "way. Make the set from rows that have everything in their text."
+            )
+        return Wrong(self.on(self.prompts.reread(rows)), np.array(of, dtype=np.int64))
+
+    def on(self, prompts: PromptSet) -> Predictions:
+        """Predictions of the same model, with the same reference and batch size, on other prompts."""
+        return Predictions(
+            self.model, prompts, batch_size=self.batch_size, reference=self.reference
+        )
 
     def of_item(self, index: int) -> slice:
         """Where the scored tokens of an item stand in the arrays."""
@@ -188,7 +264,7 @@ class Predictions:
     @cached_property
     def _scored(self) -> _Scored:
         n_labels = int(self._ends[-1])
-        logprob, entropy, divergence = np.zeros(n_labels), np.zeros(n_labels), np.zeros(n_labels)
+        logprob, entropy, variance, divergence, shannon, other = np.zeros((6, n_labels))
         rank, top = np.zeros(n_labels, np.int64), np.zeros(n_labels, np.int64)
         value, ten = self._digit_table()
         is_digit = value >= 0
@@ -200,14 +276,17 @@ class Predictions:
                 where = np.concatenate(
                     [np.arange(self._starts[i], self._ends[i]) for i in batch.items]
                 )
-                lp, ent, more, best, normaliser = _reduce(logits, batch.label)
-                logprob[where], entropy[where] = lp, ent
+                lp, ent, var, more, best, normaliser = _reduce(logits, batch.label)
+                logprob[where], entropy[where], variance[where] = lp, ent, var
                 rank[where], top[where] = more, best
                 if self.reference is not None:
                     with evaluating(self.reference):
                         there = batch.to(next(self.reference.parameters()).device)
                         wanted = labelled_logits(self.reference, there).to(logits.device)
                     divergence[where] = label_kl(wanted, logits).double().cpu().numpy()
+                    shannon[where] = label_jsd(wanted, logits).double().cpu().numpy()
+                    theirs = token_log_probs(wanted, batch.label)
+                    other[where] = theirs.double().cpu().numpy()
                 here = np.flatnonzero(is_digit[where])
                 ids = torch.as_tensor(ten[where[here]], device=logits.device)
                 chosen = logits[torch.as_tensor(here, device=logits.device)].gather(-1, ids)
@@ -216,7 +295,13 @@ class Predictions:
                 )
         found = np.flatnonzero(is_digit).astype(np.int64)
         digits = Digits(found, value[found], digit_logprob[found])
-        return _Scored(logprob, entropy, rank, top, digits, divergence)
+        return _Scored(logprob, entropy, variance, rank, top, digits, divergence, shannon, other)
+
+    def _check_reference(self) -> None:
+        if self.reference is None:
+            raise PromptError(
+                "a divergence needs a second model: Predictions(model, prompts, reference=...)."
+            )
 
     def _digit_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Digit of each scored token (-1 for none) `label`, and the ten tokens of its spelling `label 10`."""
@@ -231,18 +316,26 @@ class Predictions:
 
 def _reduce(
     logits: Tensor, label: Tensor
-) -> tuple[Floats, Floats, NDArray[np.int64], NDArray[np.int64], Floats]:
-    """Log-probability, entropy, rank, most probable token and normaliser, each `label`, of `label vocab`."""
-    normaliser = torch.logsumexp(logits, dim=-1)
-    chosen = logits.gather(-1, label[:, None])
-    # Entropy = normaliser - E[logit]: the probabilities are the only other tensor of the size of the
-    # vocabulary.
-    expected = torch.einsum("lv,lv->l", torch.softmax(logits, dim=-1), logits)
-    rank = (logits > chosen).sum(-1)
-    floats = (chosen[:, 0] - normaliser, normaliser - expected)
-    lp, entropy = (tensor.double().cpu().numpy() for tensor in floats)
-    best = logits.argmax(-1).cpu().numpy()
-    return lp, entropy, rank.cpu().numpy(), best, normaliser.double().cpu().numpy()
+) -> tuple[Floats, Floats, Floats, NDArray[np.int64], NDArray[np.int64], Floats]:
+    """Log-probability, entropy, variance, rank, most probable token and normaliser, each `label`, of `label vocab`."""
+    found: list[tuple[Tensor, ...]] = []
+    for block, chosen_label in zip(
+        row_blocks(logits), row_blocks(label, logits.shape[-1]), strict=True
+    ):
+        normaliser = torch.logsumexp(block, dim=-1)
+        chosen = block.gather(-1, chosen_label[:, None])
+        # Entropy = normaliser - E[logit], and log-probabilities vary as the logits do.
+        probability = torch.softmax(block, dim=-1)
+        expected = torch.einsum("lv,lv->l", probability, block)
+        variance = torch.einsum("lv,lv->l", probability, (block - expected[:, None]).square_())
+        rank = (block > chosen).sum(-1)
+        best = block.argmax(-1)
+        found.append(
+            (chosen[:, 0] - normaliser, normaliser - expected, variance, normaliser, rank, best)
+        )
+    *floats, ranks, tops = (torch.cat(parts) for parts in zip(*found, strict=True))
+    lp, entropy, var, norm = (tensor.double().cpu().numpy() for tensor in floats)
+    return lp, entropy, var, ranks.cpu().numpy(), tops.cpu().numpy(), norm
 
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

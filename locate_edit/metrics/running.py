@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from circuits.forward import output_projection
 from locate_edit.errors import PromptError
 from locate_edit.prompts import Batch, PromptSet
 
-__all__ = ["evaluating", "label_kl", "scored_batches"]
+__all__ = ["evaluating", "label_jsd", "label_kl", "row_blocks", "scored_batches"]
 
 # Logits of one batch are kept below this many numbers (512 MB in float32); a larger batch is split.
 _MOST_LOGITS = 2**27
@@ -54,15 +55,47 @@ def label_kl(wanted: Tensor, got: Tensor) -> Tensor:
     Raises:
         PromptError: the vocabularies differ in size.
     """
+    _check_vocabularies(wanted, got)
+    parts = []
+    for p_logits, q_logits in zip(row_blocks(wanted), row_blocks(got), strict=True):
+        log_p, log_q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
+        # Rounding can leave a divergence of nothing slightly below zero.
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0))
+    return torch.cat(parts)
+
+
+def label_jsd(left: Tensor, right: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of two sets of logits `label vocab` at each label: `label` (nats, at most log 2).
+
+    KL(left || m) / 2 + KL(right || m) / 2 with m the mean of the two distributions.
+
+    Raises:
+        PromptError: the vocabularies differ in size.
+    """
+    _check_vocabularies(left, right)
+    parts = []
+    for p_logits, q_logits in zip(row_blocks(left), row_blocks(right), strict=True):
+        log_p, log_q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        one, two = ((log.exp() * (log - log_m)).sum(-1) for log in (log_p, log_q))
+        parts.append(((one + two) / 2).clamp(min=0.0))
+    return torch.cat(parts)
+
+
+def row_blocks(tensor: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
+    """Blocks of the rows of a tensor, such that as many rows of `width` numbers fit into what is held at once.
+
+    Args:
+        tensor: what is split along its first axis.
+        width: numbers a row; None takes the tensor's last axis.
+    """
+    rows = max(1, _CHUNK // (tensor.shape[-1] if width is None else width))
+    return tuple(tensor.split(rows))
+
+
+def _check_vocabularies(wanted: Tensor, got: Tensor) -> None:
     if wanted.shape != got.shape:
         raise PromptError(
             f"cannot compare models with vocabularies of {wanted.shape[-1]} and {got.shape[-1]} tokens. "
             "Oracle and edited model must be the same kind of model."
         )
-    rows = max(1, _CHUNK // wanted.shape[-1])
-    parts = []
-    for p_logits, q_logits in zip(wanted.split(rows), got.split(rows), strict=True):
-        log_p, log_q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
-        # Rounding can leave a divergence of nothing slightly below zero.
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0))
-    return torch.cat(parts)

@@ -1,0 +1,87 @@
+"""Model utility: one number for what a model still knows, low as soon as any part of it is.
+
+Paper: Maini et al. 2024, TOFU: A Task of Fictitious Unlearning for LLMs (arXiv:2401.06121), section 2.2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+
+import numpy as np
+
+from locate_edit.errors import PromptError
+from locate_edit.metrics.statistic import Statistic
+from locate_edit.metrics.values import Floats, Values
+
+__all__ = ["model_utility"]
+
+
+def model_utility(parts: Mapping[str, Sequence[Values]]) -> Statistic:
+    """Harmonic mean of the averages of several metrics on several sets; TOFU's has three of each.
+
+        model_utility({
+            "retain": (likelihood(p), rouge(p), truth_ratio(p_paraphrased, aggregate="better")),
+            "real authors": (normalised_probability(a), rouge(a), truth_ratio(a, aggregate="better")),
+            "world facts": (normalised_probability(w), rouge(w), truth_ratio(w, aggregate="better")),
+        })
+
+    Every metric goes from 0 to 1 and up. 0 as soon as one average is 0. Withheld if any of them is. The interval draws
+    items of each set, with all of their metrics.
+
+    Args:
+        parts: values by set.
+
+    Raises:
+        PromptError: no values, values outside 0 to 1, or such that a smaller one is better.
+    """
+    flat = [values for several in parts.values() for values in several]
+    if not flat:
+        raise PromptError("model utility needs one metric on one set at least, got none.")
+    samples: list[Floats] = []
+    for name, several in parts.items():
+        for values in several:
+            if values.withheld:
+                reason = f"{values.name} on {name}: {values.withheld}"
+                return Statistic.none("model_utility", reason, unit="harmonic mean")
+            _check(name, values)
+        samples.append(_table(name, several))
+    left_out = [f"{v.name} on {name}: {v.note}" for name, vs in parts.items() for v in vs if v.note]
+    return Statistic(
+        "model_utility",
+        tuple(samples),
+        _harmonic_mean,
+        "harmonic mean",
+        "up",
+        note="; ".join(left_out),
+    )
+
+
+def _check(name: str, values: Values) -> None:
+    each = values.each
+    # Rounding may lift a probability of one above it.
+    if (
+        values.direction != "up"
+        or values.scale != "plain"
+        or each.min() < 0
+        or each.max() > 1 + 1e-6
+    ):
+        raise PromptError(
+            f"model utility: {values!r} on {name}: expected values from 0 to 1, of which a larger one is better, "
+            f"got values from {each.min():.4g} to {each.max():.4g}, direction {values.direction!r}. The truth ratio "
+            "goes in as aggregate='better'."
+        )
+
+
+def _table(name: str, several: Sequence[Values]) -> Floats:
+    """The values of one set, `item metric`, on the items that all of its metrics could score."""
+    shared = reduce(np.intersect1d, [values.items for values in several])
+    if not len(shared):
+        raise PromptError(f"model utility: the metrics on {name} have no item in common.")
+    columns = [values.values[np.searchsorted(values.items, shared)] for values in several]
+    return np.stack(columns, axis=1)
+
+
+def _harmonic_mean(*samples: Floats) -> float:
+    means = np.concatenate([sample.mean(axis=0) for sample in samples])
+    return 0.0 if (means <= 0).any() else float(len(means) / (1.0 / means).sum())
