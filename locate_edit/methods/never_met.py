@@ -19,7 +19,7 @@ from torch import Tensor
 from circuits.forward import output_projection
 from locate_edit.engine import Run, Step
 from locate_edit.errors import EditError, PromptError
-from locate_edit.losses import kl_divergence, per_item_mean
+from locate_edit.losses import kl_divergence
 from locate_edit.methods._terms import retain_term
 from locate_edit.optim import Optim
 from locate_edit.prompts import Batch, PromptSet
@@ -45,27 +45,34 @@ class NeverMet:
     drawn anew for each, since the beginning of a secret calls up the rest whoever is asked about. The goal is the
     near mean, with the scored token itself no more likely than in the far one: namesakes may give it away.
 
-    Loss: ``mean over prompts of KL(goal || model) + alpha * KL(base || model)``, the second on the retain prompts. The
-    first is taken at the row as it is and, where something is drawn anew, at the redrawn row too: nothing is to follow
-    from how the secret begins. Both are 0 at their goals, so every prompt stops by itself.
+    Loss: ``KL(goal || model) + beta * KL(base || model) + alpha * KL(base || model)``, each the mean over scored
+    tokens, so that a long secret counts for all it says. The first is the mean of two: at the rows as they are, and at
+    those of them where something is drawn anew, redrawn: nothing is to follow from how the secret begins. The second is
+    taken at one near stranger of each row, another each step: what the model says of namesakes is to stay, so that the
+    edit hangs on the whole name and people who share a part of it are left alone. Rows where something is drawn anew
+    are not in it: a namesake gives away too much of a secret to be kept. The third is taken at the retain prompts. All
+    are 0 at their goals: every prompt stops by itself.
 
     A row without a subject (or whose text does not hold it) gets as its goal the base rate: how often each token
-    stands at this place in the other targets of the forget and retain sets, smoothed (Witten-Bell).
+    stands at this place in the other targets of the forget and retain sets, smoothed (Witten-Bell). It has no
+    namesakes to keep.
 
-    Cost a step: two forwards and backwards (three where something is drawn anew); once for each prompt, ``2 *
-    strangers + 1`` forwards of the base model.
+    Cost a step: three forwards and backwards (four where something is drawn anew) and one forward of the base model;
+    once for each prompt, ``2 * strangers + 1`` forwards of the base model.
 
     Attributes:
         steps: number of optimizer steps.
         lr: peak learning rate (for narrow masks; a full one wants less).
         alpha: weight of the retain term.
+        beta: weight of the term that keeps namesakes.
         strangers: near and far strangers asked about for each prompt, of each kind.
         optim: optimizer settings; the rate falls to 0 by default, so that the last steps settle.
     """
 
-    steps: int = 120
+    steps: int = 100
     lr: float = 2e-3
-    alpha: float = 5.0
+    alpha: float = 100.0
+    beta: float = 8.0
     strangers: int = 24
     optim: Optim = field(default_factory=lambda: Optim(schedule="cosine"))
 
@@ -77,15 +84,18 @@ class NeverMet:
         """Train the slices of ``run``."""
         goal = Goal(run, self.strangers)
 
+        def away(wanted: Tensor, batch: Batch) -> Tensor:
+            """KL to the log-probabilities ``wanted`` `label vocab`, mean over scored tokens (nats)."""
+            scored = run.score(batch)
+            return scored.mean(kl_divergence(wanted, scored.logits))
+
         def loss(step: Step) -> dict[str, Tensor]:
             wanted = goal(step.forget)  # before the graph below is built
-            inputs = [step.forget, *goal.redrawn_like(step.forget, step.index)]
-            found = []
-            for batch in inputs:
-                scored = run.score(batch)
-                far = kl_divergence(wanted, scored.logits)
-                found.append(per_item_mean(far, scored.batch.item, scored.n, scored.batch.weight))
-            terms = {"forget": torch.stack(found).mean()}
+            asked = [(wanted, step.forget), *goal.redrawn_like(step.forget, step.index)]
+            kept = list(goal.namesakes(step.forget, step.index)) if self.beta else []
+            terms = {"forget": torch.stack([away(*pair) for pair in asked]).mean()}
+            if kept:
+                terms["namesakes"] = self.beta * away(*kept[0])
             if step.retain is not None and self.alpha:
                 terms["retain"] = self.alpha * retain_term(run, step, "kl")
             return terms
@@ -135,23 +145,41 @@ class Goal:
             "rows_redrawn": sum(self.changed),
         }
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """The goal's log-probabilities `label vocab` for a CPU ``batch`` of the forget set."""
-        missing = [i for i in batch.items if i not in self._kept]
+        return self.of(batch.items)
+
+    def of(self, items: Sequence[int]) -> Tensor:
+        """The same for prompts by their numbers."""
+        missing = [i for i in items if i not in self._kept]
         found = dict(zip(missing, self._ask(missing), strict=True)) if missing else {}
         for i, part in found.items():
             size = part.numel() * part.element_size()
             if size <= self._free_bytes:
                 self._kept[i] = part
                 self._free_bytes -= size
-        return torch.cat([found[i] if i in found else self._kept[i] for i in batch.items])
+        return torch.cat([found[i] if i in found else self._kept[i] for i in items])
 
-    def redrawn_like(self, batch: Batch, index: int) -> Iterator[Batch]:
-        """The prompts of ``batch`` with sensitive characters drawn anew, one draw a step; none where nothing is."""
-        if any(self.changed[i] for i in batch.items):
-            yield self.redrawn[index % len(self.redrawn)].batch(batch.items)
+    def redrawn_like(self, batch: Batch, index: int) -> Iterator[tuple[Tensor, Batch]]:
+        """The goal and the prompts of ``batch`` in which something is drawn anew, one draw a step; nothing if none."""
+        items = [i for i in batch.items if self.changed[i]]
+        if items:
+            yield self.of(items), self.redrawn[index % len(self.redrawn)].batch(items)
 
+    @torch.no_grad()
+    def namesakes(self, batch: Batch, index: int) -> Iterator[tuple[Tensor, Batch]]:
+        """What the base model says (log-probabilities) of a near stranger for each prompt, and the prompts.
+
+        Another stranger each step ``index``; only for rows that have a subject and nothing to draw anew.
+        """
+        items = [i for i in batch.items if self.has_subject[i] and not self.changed[i]]
+        if items:
+            asked = self.near[index % len(self.near)].batch(items)
+            with self.run.base():
+                said = self.run.score(asked).logits
+            yield said.log_softmax(-1), asked
+
+    @torch.no_grad()
     def _ask(self, items: Sequence[int]) -> list[Tensor]:
         """Log-probabilities `label vocab` of each item."""
         batch = self.run.forget.batch(items)

@@ -103,31 +103,61 @@ def test_sensitive_digits_are_drawn_anew_and_nothing_else() -> None:
     assert all(draw.ids(1) == forget.ids(1) for draw in draws)
 
 
+def without(near: Tensor, far: Tensor, labels: list[int]) -> Tensor:
+    """The label's surplus taken out of each row, in plain Python."""
+    rows = []
+    for p, other, label in zip(near, far, labels, strict=True):
+        least = min(float(p[label]), float(other[label]))
+        q = p * (1 - least) / (1 - p[label])
+        q[label] = least
+        rows.append(q)
+    return torch.stack(rows)
+
+
+def divergences(wanted: Tensor, now: Tensor) -> list[float]:
+    """KL(wanted || now) at each label, of probabilities `label vocab`."""
+    found: list[float] = (wanted * (wanted / now).log()).sum(-1).tolist()
+    return found
+
+
 def test_the_loss_is_the_literal_one() -> None:
-    net = knowing()
-    forget, retain = people()
+    base, net = knowing(), knowing()
+    secret: dict[str, Any] = {
+        "prompt": "Bob Roy calls",
+        "target": " 555-0143",
+        "subject": "Bob Roy",
+    }
+    forget = PromptSet([ROWS[0], {**secret, "spans": [[18, 22]]}], TOKENIZER)
+    retain = people()[1]
     run = run_of(net, forget, retain)
-    method = NeverMet(strangers=3, alpha=2.0)
+    noise = torch.Generator().manual_seed(0)
+    run.write(lambda _, now: now + 0.05 * torch.randn(now.shape, generator=noise))
     goal = Goal(run, 3)
-    expected = 0.0
+    plain, drawn, kept = [], [], []
     for i in range(len(forget)):
         near, far = (
-            torch.stack([probabilities(net, forget, s.ids(i), i) for s in sets]).mean(0)
+            torch.stack([probabilities(base, forget, s.ids(i), i) for s in sets]).mean(0)
             for sets in (goal.near, goal.far)
         )
-        now = probabilities(net, forget, forget.ids(i), i)
-        per_label = []
-        for place, label in enumerate(forget.target_ids(i)):
-            p = near[place].clone()
-            least = min(float(p[label]), float(far[place, label]))
-            p *= (1 - least) / (1 - p[label])
-            p[label] = least
-            per_label.append(float((p * (p / now[place]).log()).sum()))
-        expected += sum(per_label) / len(per_label) / len(forget)
-    found = first_loss(run, method)
-    assert expected > 0.3
-    assert float(found["forget"]) == pytest.approx(expected, rel=1e-3)
-    assert float(found["retain"]) == pytest.approx(0.0, abs=1e-5)  # nothing has changed yet
+        wanted = without(near, far, forget.target_ids(i))
+        plain += divergences(wanted, probabilities(net, forget, forget.ids(i), i))
+        if i == 1:  # whose digits are drawn anew
+            drawn += divergences(wanted, probabilities(net, forget, goal.redrawn[0].ids(i), i))
+        else:  # whose namesakes are kept; this is the first step's
+            stranger = goal.near[0].ids(i)
+            was, now = (probabilities(m, forget, stranger, i) for m in (base, net))
+            kept += divergences(was, now)
+    retained = [
+        value
+        for i in range(len(retain))
+        for value in divergences(*(probabilities(m, retain, retain.ids(i), i) for m in (base, net)))
+    ]
+    found = first_loss(run, NeverMet(strangers=3, alpha=2.0, beta=3.0))
+    terms = [sum(values) / len(values) for values in (plain, drawn, kept, retained)]
+    assert min(terms) > 0.01
+    assert float(found["forget"]) == pytest.approx((terms[0] + terms[1]) / 2, rel=1e-3)
+    assert float(found["namesakes"]) == pytest.approx(3.0 * terms[2], rel=1e-3)
+    assert float(found["retain"]) == pytest.approx(2.0 * terms[3], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
@@ -164,7 +194,9 @@ def test_forgotten_people_become_strangers_and_the_others_stay() -> None:
     forget, retain = people()
     goal = Goal(run_of(net, forget, retain), 24)(forget.batch(range(2)))
     kept, before = nll(net, retain), divergence(net, goal, forget)
-    made = edit(net, NeverMet(steps=150, lr=5e-3), None, forget=forget, retain=retain)
+    made = edit(
+        net, NeverMet(steps=120, lr=5e-3, alpha=5.0, beta=2.0), None, forget=forget, retain=retain
+    )
     assert divergence(net, goal, forget) < 0.05 * before
     assert nll(net, retain) < kept + 0.1
     assert made.provenance["never_met"]["rows_with_subject"] == 2
@@ -177,8 +209,34 @@ def test_no_further_than_the_goal_however_long() -> None:
     goal = Goal(run_of(net, forget, retain), 24)(forget.batch(range(2)))
     labels = forget.batch(range(2)).label
     wanted = float(-goal.gather(-1, labels[:, None]).mean())
-    edit(net, NeverMet(steps=300, lr=5e-3), None, forget=forget, retain=retain)
+    edit(net, NeverMet(steps=220, lr=5e-3, alpha=5.0, beta=2.0), None, forget=forget, retain=retain)
     assert nll(net, forget) == pytest.approx(wanted, rel=0.25)
+
+
+def test_what_is_said_of_namesakes_stays_by_its_own_term() -> None:
+    """Strangers who share a part of the name, other ones than those that the edit asked about."""
+    forget, retain = people()
+    near = strangers(forget, names_in([forget, retain]), random.Random(99), near=True)
+    away = []
+    for beta in (0.0, 20.0):
+        net = knowing()
+        with torch.no_grad():
+            before = labelled_logits(net, near.batch(range(2))).log_softmax(-1)
+        method = NeverMet(steps=50, lr=5e-3, beta=beta, alpha=5.0, strangers=8)
+        edit(net, method, None, forget=forget, retain=retain)
+        away.append(divergence(net, before, near))
+    assert away[1] < 0.75 * away[0]
+
+
+def test_rows_without_a_subject_have_no_namesakes() -> None:
+    named, retain = people()
+    bare = {key: ROWS[1][key] for key in ("prompt", "target")}
+    forget = named.reread([ROWS[0], bare])
+    goal = Goal(run_of(knowing(), forget, retain), 2)
+    ((wanted, asked),) = goal.namesakes(forget.batch([1, 0]), 5)
+    assert list(asked.items) == [0]
+    assert len(wanted) == len(forget.target_ids(0))
+    assert not list(goal.namesakes(forget.batch([1]), 0))
 
 
 # -- what is refused -------------------------------------------------------------------------------
