@@ -26,7 +26,7 @@ def shortness(prompts: Sequence[str], continuations: Sequence[str]) -> list[floa
     ("text", "share", "count"),
     [
         ("A rat, a RAT and a cat", 2 / 7, 2),
-        ("rather crated rats", 0, 0),  # whole words only
+        ("rather crated brat rats", 0, 0),  # whole words only
         ("go to hell", 2 / 3, 2),  # the entry of two words
         ("go  to\nHell rat", 3 / 4, 3),
         ("tohell to-hell", 0, 0),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from locate_edit import PromptSet
 from locate_edit.errors import PromptError
-from locate_edit.sampling import Continuation, sample, sample_ids
+from locate_edit.sampling import Continuation, _Draw, sample, sample_ids
 from tests.conftest import fingerprint
 from tests.tiny import byte_tokenizer, tiny
 
@@ -138,6 +138,13 @@ def test_frequencies_are_the_probabilities() -> None:
             wanted = chance / sum(kept)
             spread = 4 * math.sqrt(wanted * (1 - wanted) / 4000)
             assert seen[token] / 4000 == pytest.approx(wanted, abs=spread + 1e-12)
+
+
+def test_tokens_without_probability_are_never_drawn() -> None:
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
+    for number, token in {0.0: 1, 0.5: 3, 1.0 - 2**-53: 3}.items():
+        draw = _Draw(torch.tensor([[number]], dtype=torch.float64), 1.0, 1.0)
+        assert draw(logits, 0).tolist() == [token]
 
 
 def test_texts_belong_to_their_prompts_and_special_tokens_are_left_out() -> None:

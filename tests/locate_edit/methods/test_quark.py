@@ -199,6 +199,18 @@ def test_the_pool_may_be_bounded_and_may_start_from_targets(fixed: list[dict[str
         Quark(pool=4)
 
 
+def test_a_bounded_pool_keeps_the_newest(fixed: list[dict[str, Any]]) -> None:
+    net = model("llama-tied")
+    forget, _ = prompts("llama-tied")
+
+    def which_round(texts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        return [float(len(fixed))] * len(continuations)
+
+    method = Quark(steps=3, every=1, reward=which_round, quantiles=2, pool=4)
+    made = edit(net, method, some_units(net), forget=forget)
+    assert made.provenance["quark"]["rounds"][-1]["reward_by_quantile"] == [3.0, 3.0]
+
+
 def test_every_continuation_comes_once_before_any_comes_again(fixed: list[dict[str, Any]]) -> None:
     net = model("llama-tied")
     forget, _ = prompts("llama-tied")
