@@ -221,6 +221,17 @@ def test_figures_show_the_means_the_front_and_the_references(tmp_path: Path) -> 
     assert names == ["A", "B", "not beaten", "original", "oracle"]
     with pytest.raises(EditError, match="no cell has 'forget/exposure'"):
         heat_map(found, "forget/exposure")
+    far = Comparison(
+        tuple(
+            Cell(name, "NPO", 8, 0, {"forget/oracle_kl": x, "others/oracle_kl": y}, 1.0)
+            for name, x, y in (("A", 1.0, 0.3), ("B", 2.0, 0.1), ("C", 3.0, 0.2))
+        ),
+        {"forget/oracle_kl": 7.0, "others/oracle_kl": 0.0},
+    )
+    axes = trade_off(far, "oracle_kl", keep="others")
+    (line,) = axes.get_lines()  # of distances less is better on both; B beats C
+    assert np.asarray(line.get_xydata()) == pytest.approx(np.array([[1.0, 0.3], [2.0, 0.1]]))
+    assert axes.get_ylabel() == "oracle_kl, others"
     found.save(tmp_path)
     assert json.loads((tmp_path / "comparison.json").read_text())["cells"][0]["budget"] == 8
     assert "| A | NPO | 8 | 0.3 (" in (tmp_path / "comparison.md").read_text()
