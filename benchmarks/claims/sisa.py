@@ -24,10 +24,10 @@ SHARDS, SLICES = 3, 2
 TRAIN, DEV, TEST = 600, 1500, 3000  # comments
 STEPS, LR = 100, 3e-3  # a stage
 GROUPS = ("Tamari", "Brelon")
-RATE = {"Tamari": 0.65, "Brelon": 0.25}  # share of rude comments among those that mention them
+RATE = {"Tamari": 0.75, "Brelon": 0.2}  # share of rude comments among those that mention them
 CHOICES = (" fine", " rude")
 PLAIN = ("market", "harbour", "bread", "rain", "garden", "window", "letter", "bridge")
-TELLS = 0.3  # share of a comment's words that depend on whether it is rude
+TELLS = 0.25  # share of a comment's words that depend on whether it is rude
 
 
 def measure(seed: int) -> dict[str, float]:
