@@ -563,6 +563,8 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if value is None or isinstance(value, str | int | float | bool | dict):
         return value
+    if hasattr(value, "__qualname__"):  # a function or a class, whose repr holds an address
+        return f"{value.__module__}:{value.__qualname__}"
     return repr(value)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +325,19 @@ def test_a_plain_function_is_a_method_too() -> None:
         torch.testing.assert_close(net.state_dict()[name][flags], before[name][flags] / 2)
     made.undo()
     assert not differing(net, before)
+
+
+def test_a_function_among_the_settings_is_named_not_addressed() -> None:
+    @dataclass(frozen=True)
+    class Scaled:
+        by: Callable[[Tensor], Tensor] = torch.Tensor.neg
+
+        def __call__(self, run: Any) -> None:
+            run.write(lambda _slot, now: self.by(now))
+
+    net = model("llama-tied")
+    made = edit(net, Scaled(by=logits), some_units(net, share=0.0), forget=prompts("llama-tied")[0])
+    assert made.provenance["method"]["by"] == f"{__name__}:logits"
 
 
 # -- neuron zeroing -------------------------------------------------------------------------------
