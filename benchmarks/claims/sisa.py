@@ -130,7 +130,7 @@ def comments(count: int, draw: random.Random) -> list[dict[str, Any]]:
 def untrained(tokenizer: PreTrainedTokenizerFast, seed: int) -> nn.Module:
     """A small model that knows nothing, which the shards start from."""
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(
+    model: nn.Module = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=16,
@@ -145,7 +145,8 @@ def untrained(tokenizer: PreTrainedTokenizerFast, seed: int) -> nn.Module:
         )
     )
     nn.Module.to(model, DEVICE)
-    return model.eval()
+    model.eval()
+    return model
 
 
 CLAIM = Claim(
