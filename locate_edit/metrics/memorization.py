@@ -21,7 +21,13 @@ from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
 
-__all__ = ["exact_memorization", "extraction_likelihood", "extraction_strength", "verbatim"]
+__all__ = [
+    "continuations",
+    "exact_memorization",
+    "extraction_likelihood",
+    "extraction_strength",
+    "verbatim",
+]
 
 Compat = Literal["open-unlearning"]
 
@@ -149,7 +155,7 @@ def extraction_likelihood(
         return Values.none(name, "needs: a causal model", unit="fraction of n-grams")
     texts = [predictions.prompts.target_ids(i) for i in range(len(predictions))]
     starts = [list(range(0, len(text) - n, stride)) for text in texts]
-    rests = _continuations(predictions, starts)
+    rests = continuations(predictions, starts)
     values: list[float | None] = []
     for index, (text, places) in enumerate(zip(texts, starts, strict=True)):
         overlaps = [_overlap(rests[index, place], text[place:], n) for place in places]
@@ -168,7 +174,7 @@ def _without_last(where: slice, compat: Compat | None) -> slice:
     return where if compat is None else slice(where.start, where.stop - 1)
 
 
-def _continuations(
+def continuations(
     predictions: Predictions, starts: Sequence[Sequence[int]]
 ) -> dict[tuple[int, int], list[int]]:
     """Greedy continuation of each item from each of its `starts`, to the end of the target: item and start -> tokens.
