@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from locate_edit.metrics.generation import generate
 from locate_edit.metrics.running import evaluating, label_jsd, label_kl, row_blocks, scored_batches
 from locate_edit.metrics.values import Floats
 from locate_edit.prompts import PromptSet
+from locate_edit.sampling import Continuation, sample
 
 __all__ = ["Digits", "Predictions", "Wrong", "digit_tokens"]
 
@@ -96,6 +98,7 @@ class Predictions:
         self.batch_size = batch_size
         self.reference = reference
         counts = [len(prompts.target_ids(i)) for i in range(len(prompts))]
+        self._sampled: dict[tuple[float, ...], list[list[Continuation]]] = {}
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._starts = self._ends - np.array(counts, dtype=np.int64)
 
@@ -223,8 +226,7 @@ class Predictions:
         Rows without a `wrong` answer have none here. A token mask plays no part, nor do spans.
 
         Raises:
-            PromptError: no row has a wrong answer, or the set holds other tokens than its rows say (tokens put in
-                front, say), so that it cannot be read again with other targets.
+            PromptError: no row has a wrong answer, or as `reread`.
         """
         rows, of = [], []
         for index, row in enumerate(self.prompts.rows):
@@ -236,14 +238,53 @@ class Predictions:
             raise PromptError(
                 f"{self.prompts!r} has no wrong answers. Give each row a list of them in the field 'wrong'."
             )
-        asked = sorted(set(of))
-        again = self.prompts.reread(self.prompts.rows[index] for index in asked)
-        if any(again.ids(i) != self.prompts.ids(index) for i, index in enumerate(asked)):
+        return Wrong(self.reread(rows), np.array(of, dtype=np.int64))
+
+    def sampled(
+        self,
+        *,
+        length: int = 20,
+        samples: int = 25,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        seed: int = 0,
+    ) -> list[list[Continuation]]:
+        """Sampled continuations of each prompt (causal models), kept for the next metric with the same settings.
+
+        Args:
+            length: largest number of tokens added.
+            samples: continuations of each prompt.
+            temperature: what logits are divided by; 0 takes the most probable token each time.
+            top_p: draw among the fewest most probable tokens that have this probability together.
+            seed: of what is drawn.
+
+        Raises:
+            PromptError: as `locate_edit.sampling.sample`.
+        """
+        settings = (length, samples, temperature, top_p, seed)
+        if settings not in self._sampled:
+            rows = sample(
+                self.model, self.prompts, length=length, samples=samples, temperature=temperature,
+                top_p=top_p, seed=seed, batch_size=self.batch_size,
+            )  # fmt: skip
+            by_item = [rows[i * samples : (i + 1) * samples] for i in range(len(self))]
+            self._sampled[settings] = by_item
+        return self._sampled[settings]
+
+    def reread(self, rows: Iterable[Mapping[str, Any]]) -> Predictions:
+        """Predictions of the same model (and reference) on other rows, read the way this set was.
+
+        Raises:
+            PromptError: this set holds other tokens than its rows say (tokens put in front, say), which other rows
+                would be without.
+        """
+        again = self.prompts.reread(self.prompts.rows)
+        if any(again.ids(i) != self.prompts.ids(i) for i in range(len(self))):
             raise PromptError(
-                f"{self.prompts!r} holds other tokens than its rows say, so its wrong answers cannot be read the same "
-                "way. Make the set from rows that have everything in their text."
+                f"{self.prompts!r} holds other tokens than its rows say, so other rows cannot be read the same way. "
+                "Make the set from rows that have everything in their text."
             )
-        return Wrong(self.on(self.prompts.reread(rows)), np.array(of, dtype=np.int64))
+        return self.on(self.prompts.reread(rows))
 
     def on(self, prompts: PromptSet) -> Predictions:
         """Predictions of the same model, with the same reference and batch size, on other prompts."""
