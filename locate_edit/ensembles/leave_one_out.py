@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from circuits.forward import labelled_logits
 from locate_edit.engine import Run, Step
+from locate_edit.ensembles._files import read, write
 from locate_edit.ensembles.shards import text_of
 from locate_edit.ensembles.sisa import ShardedEnsemble
 from locate_edit.errors import EditError
@@ -29,6 +31,8 @@ from locate_edit.methods._terms import check_retain_term, retain_term
 from locate_edit.metrics.running import evaluating
 from locate_edit.optim import Optim
 from locate_edit.prompts import Batch, PromptSet
+
+INDEX, FILE, FORMAT = "labels.json", "labels.safetensors", "soft-labels/1"
 
 
 class SoftLabels:
@@ -53,6 +57,24 @@ class SoftLabels:
     def of(self, batch: Batch) -> Tensor:
         """The labels of a batch: `label vocab`."""
         return torch.cat([self.probabilities[i] for i in batch.items])
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``labels.safetensors`` and ``labels.json`` into ``folder``, all or nothing, without the prompts."""
+        tensors = {str(item): each for item, each in enumerate(self.probabilities)}
+        about = {"prompts": self.digest, "teachers": [list(shards) for shards in self.teachers]}
+        return write(folder, INDEX, FORMAT, about, {FILE: tensors})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SoftLabels:
+        """Read what `save` wrote. The teachers may be gone by then.
+
+        Raises:
+            EditError: there are no labels there, or its files are truncated or were changed.
+        """
+        about, files = read(folder, INDEX, FORMAT)
+        tensors = files[FILE]
+        probabilities = [tensors[str(item)] for item in range(len(tensors))]
+        return cls(probabilities, about["prompts"], about["teachers"])
 
 
 def soft_labels(

@@ -21,15 +21,17 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from circuits import ComponentMask
+from circuits import ComponentMask, describe
 from circuits.forward import labelled_logits, token_log_probs
 from locate_edit.delta import Change, Delta
 from locate_edit.editing import Method, edit
+from locate_edit.ensembles._files import read, write
 from locate_edit.ensembles.shards import By, Place, places, text_of
 from locate_edit.errors import EditError
 from locate_edit.fingerprint import difference, fingerprint
@@ -39,6 +41,8 @@ from locate_edit.metrics.running import evaluating
 from locate_edit.prompts import PromptSet
 
 logger = logging.getLogger(__name__)
+
+INDEX, FORMAT = "ensemble.json", "sharded-ensemble/1"
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,80 @@ class ShardedEnsemble:
             stages.append(made.delta if last is None else _over(last, made.delta))
         return stages
 
+    # -- files ------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write every checkpoint as a safetensors file and ``ensemble.json`` into ``folder``, all or nothing.
+
+        The rows are *not* saved, only their digest and places: after a deletion nothing of the deleted rows is left
+        in the folder, an earlier save of the same ensemble included, which is replaced.
+        """
+        files: dict[str, Mapping[str, Tensor]] = {}
+        layouts: list[list[Any]] = []
+        for shard, stages in enumerate(self.checkpoints):
+            layouts.append([])
+            for stage, delta in enumerate(stages):
+                if stage and delta is stages[stage - 1]:
+                    layouts[shard].append("before")  # an empty slice: the checkpoint before it
+                elif delta is None:
+                    layouts[shard].append(None)
+                else:
+                    tensors, layout = delta.tensors()
+                    files[_file_of(shard, stage)] = tensors
+                    layouts[shard].append(layout)
+        mask = None if self.mask is None else str(self.mask)
+        about = {
+            "sisa": repr(self.sisa),
+            "mask": mask,
+            "data": self.data.digest,
+            "places": [[place.shard, place.slice] for place in self.places],
+            "base": self._base,
+            "layouts": layouts,
+        }
+        return write(folder, INDEX, FORMAT, about, files)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, sisa: Sisa, model: nn.Module, data: PromptSet
+    ) -> ShardedEnsemble:
+        """Read what `save` wrote, to vote with and to delete from as before.
+
+        Args:
+            folder: where it was saved.
+            sisa: the settings that it was trained with: a deletion trains with them.
+            model: the base model.
+            data: the rows that the ensemble knew when it was saved.
+
+        Raises:
+            EditError: no ensemble there, files that were changed, or settings, a model or rows that are not its own.
+        """
+        about, files = read(folder, INDEX, FORMAT)
+        if repr(sisa) != about["sisa"]:
+            raise EditError(
+                f"{folder} was trained with {about['sisa']}, got {sisa!r}: give the same settings"
+            )
+        if data.digest != about["data"]:
+            raise EditError(
+                f"{data!r} ({data.digest[:12]}) are not the rows of {folder} ({about['data'][:12]}): give those that "
+                "it knew when it was saved, without deleted ones"
+            )
+        if (reason := difference(about["base"], fingerprint(model))) is not None:
+            raise EditError(f"the model is not the base of the ensemble in {folder}: {reason}")
+        text = about["mask"]
+        mask = None if text is None else ComponentMask.parse(text, describe(model))
+        ensemble = cls(sisa, model, mask, data, [Place(*place) for place in about["places"]])
+        for shard, layouts in enumerate(about["layouts"]):
+            stages: list[Delta | None] = []
+            for stage, layout in enumerate(layouts):
+                if layout == "before":
+                    stages.append(stages[-1])
+                elif layout is None:
+                    stages.append(None)
+                else:
+                    stages.append(Delta.from_tensors(files[_file_of(shard, stage)], layout))
+            ensemble.checkpoints.append(stages)
+        return ensemble
+
     # -- voting -----------------------------------------------------------------------------------
 
     def answers(
@@ -241,6 +319,10 @@ class ShardedEnsemble:
     def vote(ballots: Tensor) -> Tensor:
         """The answer `item` with the most votes of ``ballots`` `voter item`; of tied ones the smallest."""
         return ballots.mode(dim=0).values
+
+
+def _file_of(shard: int, stage: int) -> str:
+    return f"shard{shard}-slice{stage}.safetensors"
 
 
 @contextmanager

@@ -172,3 +172,18 @@ def test_what_is_missing_or_wrong_is_refused_before_anything_changes() -> None:
     edit(net, FineTune(steps=1, lr=1e-2), some_units(net), forget=data())
     with pytest.raises(EditError, match="not the base of this ensemble now"):
         soft_labels(ensemble, data())
+
+
+def test_labels_come_back_from_a_folder_bit_for_bit(tmp_path: Path) -> None:
+    net = model("llama-tied")
+    forget = data()
+    labels = soft_labels(teachers(net), forget)
+    again = SoftLabels.load(labels.save(tmp_path / "labels"))
+    assert again.digest == forget.digest
+    assert again.teachers == labels.teachers
+    assert len(again.probabilities) == len(labels.probabilities) == len(NUMBERS)
+    assert all(map(torch.equal, again.probabilities, labels.probabilities))
+    file = tmp_path / "labels" / "labels.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(EditError, match="truncated or was changed"):
+        SoftLabels.load(tmp_path / "labels")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,3 +293,76 @@ def test_an_empty_mask_leaves_every_shard_at_the_base() -> None:
     nothing: ComponentMask = some_units(net, share=0.0)
     ensemble = Sisa(LEARN, options=OPTIONS).train(net, data(), nothing)
     assert all(d is None or d.count() == 0 for stages in ensemble.checkpoints for d in stages)
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_saved_ensemble_votes_and_deletes_as_the_one_that_was_saved(
+    tmp_path: Path, masked: bool
+) -> None:
+    net, everything = model("llama-tied"), data()
+    sisa = Sisa(LEARN, shards=3, slices=3, seed=1, options=OPTIONS)
+    ensemble = sisa.train(net, everything, some_units(net) if masked else None)
+    base = state(net)
+    ensemble.save(tmp_path / "kept")
+    again = ShardedEnsemble.load(tmp_path / "kept", sisa, net, data())
+    assert not differing(net, base)
+    assert same(ensemble, again)
+    assert again.places == ensemble.places
+    assert again.mask == ensemble.mask
+    ballots = [each.answers(everything, (" yes", " no")) for each in (ensemble, again)]
+    assert torch.equal(ballots[0], ballots[1])
+    assert ensemble.delete([3]) == again.delete([3])
+    assert same(ensemble, again)
+    ensemble.save(tmp_path / "kept")
+    after = ShardedEnsemble.load(tmp_path / "kept", sisa, net, again.data)
+    assert same(after, again)
+    assert after.places == again.places
+
+
+def test_empty_slices_and_lost_shards_are_kept_as_such(tmp_path: Path) -> None:
+    net = model("llama-tied")
+    sisa = Sisa(LEARN, shards=3, slices=4, seed=1, options=OPTIONS)
+    ensemble = sisa.train(net, data(n=9), some_units(net))
+    ensemble.delete([i for i, place in enumerate(ensemble.places) if place.shard == 0])
+    ensemble.save(tmp_path / "kept")
+    again = ShardedEnsemble.load(tmp_path / "kept", sisa, net, ensemble.data)
+    assert again.voters == ensemble.voters
+    assert 0 not in again.voters
+    alike = [
+        [[a is b for a in stages] for b in stages]
+        for each in (ensemble, again)
+        for stages in each.checkpoints
+    ]
+    assert alike[:3] == alike[3:]
+
+
+def test_what_does_not_belong_to_a_saved_ensemble_is_refused(tmp_path: Path) -> None:
+    net = model("llama-tied")
+    sisa = Sisa(LEARN, shards=2, slices=1, seed=1, options=OPTIONS)
+    ensemble = sisa.train(net, data(), some_units(net))
+    folder = ensemble.save(tmp_path / "kept")
+    with pytest.raises(EditError, match="same settings"):
+        ShardedEnsemble.load(folder, replace(sisa, seed=2), net, data())
+    with pytest.raises(EditError, match="are not the rows"):
+        ShardedEnsemble.load(folder, sisa, net, data(n=11))
+    with pytest.raises(EditError, match="not the base"), ensemble.member(0) as member:
+        ShardedEnsemble.load(folder, sisa, member, data())
+    with pytest.raises(EditError, match="cannot be read"):
+        ShardedEnsemble.load(tmp_path, sisa, net, data())
+    index = folder / "ensemble.json"
+    text = index.read_text()
+    index.write_text(text.replace('"places"', '"place"'))
+    with pytest.raises(EditError, match="was changed after"):
+        ShardedEnsemble.load(folder, sisa, net, data())
+    index.write_text(text)
+    file = folder / "shard1-slice0.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(EditError, match="truncated or was changed"):
+        ShardedEnsemble.load(folder, sisa, net, data())
+    file.unlink()
+    with pytest.raises(EditError, match="is missing"):
+        ShardedEnsemble.load(folder, sisa, net, data())
