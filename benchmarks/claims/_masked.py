@@ -36,8 +36,8 @@ SPECIAL = {
 NUMBERS, DIGITS = 20, 10
 TEMPLATES = ("call {n} at", "{n} can be reached at", "the number of {n} is", "to find {n} dial")
 LEAN = 0.9  # share of the sentences of an occupation with its pronoun
-STEPS, LR, WARMUP = 700, 3e-3, 50
-BATCH = {"numbers": 24, "bias": 16, "plain": 16}  # texts a step
+STEPS, LR, WARMUP = 900, 3e-3, 50
+BATCH = {"numbers": 32, "bias": 12, "plain": 12}  # texts a step
 PLAIN, HELD_OUT = 3000, 150  # sentences
 
 
