@@ -134,7 +134,7 @@ def locality(predictions: Predictions | nn.Module, prompts: PromptSet | None = N
     predictions = Predictions.of(predictions, prompts)
     if predictions.reference is None:
         reason = "needs: the model before the edit, Predictions(model, prompts, reference=...)"
-        return Values.none("locality", reason, unit="fraction of tokens", direction="distance")
+        return Values.none("locality", reason, unit="fraction of tokens")
 
     def same(asked: Predictions) -> list[float]:
         before = Predictions(asked.reference, asked.prompts, batch_size=asked.batch_size)  # type: ignore[arg-type]

@@ -175,18 +175,18 @@ def _without_last(where: slice, compat: Compat | None) -> slice:
 
 
 def continuations(
-    predictions: Predictions, starts: Sequence[Sequence[int]]
+    of: Predictions, starts: Sequence[Sequence[int]]
 ) -> dict[tuple[int, int], list[int]]:
     """Greedy continuation of each item from each of its `starts`, to the end of the target: item and start -> tokens.
 
     Only prefixes whose next greedy token is wrong are generated from; the others follow from the next such prefix.
     """
-    prompts = predictions.prompts
-    texts = [prompts.target_ids(i) for i in range(len(predictions))]
+    prompts = of.prompts
+    texts = [prompts.target_ids(i) for i in range(len(of))]
     needed: dict[tuple[int, int], list[int]] = {}
     first_wrong: dict[tuple[int, int], int] = {}
     for index, places in enumerate(starts):
-        wrong = np.flatnonzero(~predictions.correct[predictions.of_item(index)])
+        wrong = np.flatnonzero(~of.correct[of.of_item(index)])
         for place in places:
             later = wrong[np.searchsorted(wrong, place) :]
             branch = int(later[0]) if len(later) else len(texts[index])
@@ -195,10 +195,10 @@ def continuations(
                 needed[index, branch] = []
     keys = list(needed)
     made = greedy(
-        predictions.model,
+        of.model,
         [prompts.prompt_ids(i) + texts[i][:branch] for i, branch in keys],
         [len(texts[i]) - branch for i, branch in keys],
-        batch_size=predictions.batch_size,
+        batch_size=of.batch_size,
     )
     needed.update(zip(keys, made, strict=True))
     return {

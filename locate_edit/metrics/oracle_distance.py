@@ -147,12 +147,11 @@ def divergences(
     return [total / np.where(mass > 0, mass, 1.0) for total in found]
 
 
-def item_means(predictions: Predictions, values: Floats) -> Floats:
+def item_means(of: Predictions, values: Floats) -> Floats:
     """The weighted mean over each item's scored tokens, `item` float64; 0 for an item whose weights are all 0."""
-    weights = predictions.split(predictions.weight)
     return np.array(
         [
             float(w @ v) / float(w.sum()) if w.sum() else 0.0
-            for w, v in zip(weights, predictions.split(values), strict=True)
+            for w, v in zip(of.split(of.weight), of.split(values), strict=True)
         ]
     )

@@ -58,7 +58,8 @@ def worst_reward(
     """
     predictions = Predictions.of(predictions, prompts)
     if predictions.masked or reward is None:
-        return Values.none("worst_reward", _missing(predictions))
+        reason = _missing(predictions)
+        return Values.none("worst_reward", reason, unit="reward", direction="down")
     table = _table(predictions, reward, length, samples, temperature, top_p, seed)
     return from_rewards(table)
 
@@ -97,7 +98,7 @@ def any_below(
     """
     predictions = Predictions.of(predictions, prompts)
     if predictions.masked or reward is None:
-        return Values.none("any_below", _missing(predictions))
+        return Values.none("any_below", _missing(predictions), unit="fraction of prompts")
     table = _table(predictions, reward, length, samples, temperature, top_p, seed)
     return from_rewards(table, below=below)
 
