@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from circuits.forward import labelled_logits, token_log_probs
+from circuits.forward import labelled_logits
 from locate_edit.errors import PromptError
 from locate_edit.metrics.generation import generate
-from locate_edit.metrics.running import evaluating, label_jsd, label_kl, row_blocks, scored_batches
+from locate_edit.metrics.running import compare_labels, evaluating, row_blocks, scored_batches
 from locate_edit.metrics.values import Floats
 from locate_edit.prompts import PromptSet
 from locate_edit.sampling import Continuation, sample
@@ -324,10 +324,10 @@ class Predictions:
                     with evaluating(self.reference):
                         there = batch.to(next(self.reference.parameters()).device)
                         wanted = labelled_logits(self.reference, there).to(logits.device)
-                    divergence[where] = label_kl(wanted, logits).double().cpu().numpy()
-                    shannon[where] = label_jsd(wanted, logits).double().cpu().numpy()
-                    theirs = token_log_probs(wanted, batch.label)
-                    other[where] = theirs.double().cpu().numpy()
+                    compared = compare_labels(wanted, logits, batch.label)
+                    divergence[where], shannon[where], other[where] = (
+                        tensor.double().cpu().numpy() for tensor in compared
+                    )
                 here = np.flatnonzero(is_digit[where])
                 ids = torch.as_tensor(ten[where[here]], device=logits.device)
                 chosen = logits[torch.as_tensor(here, device=logits.device)].gather(-1, ids)

@@ -13,7 +13,7 @@ from circuits.forward import output_projection
 from locate_edit.errors import PromptError
 from locate_edit.prompts import Batch, PromptSet
 
-__all__ = ["evaluating", "label_jsd", "label_kl", "row_blocks", "scored_batches"]
+__all__ = ["compare_labels", "evaluating", "label_kl", "row_blocks", "scored_batches"]
 
 # Logits of one batch are kept below this many numbers (512 MB in float32); a larger batch is split.
 _MOST_LOGITS = 2**27
@@ -64,22 +64,31 @@ def label_kl(wanted: Tensor, got: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def label_jsd(left: Tensor, right: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of two sets of logits `label vocab` at each label: `label` (nats, at most log 2).
+def compare_labels(wanted: Tensor, got: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How two sets of logits `label vocab` differ at each label: three tensors of `label` (nats).
 
-    KL(left || m) / 2 + KL(right || m) / 2 with m the mean of the two distributions.
+    KL(softmax(wanted) || softmax(got)), as `label_kl`; the Jensen-Shannon divergence KL(wanted || m) / 2 + KL(got || m)
+    / 2 with m the mean of the two distributions, at most log 2; and the log-probability of ``label`` under `wanted`.
 
     Raises:
         PromptError: the vocabularies differ in size.
     """
-    _check_vocabularies(left, right)
-    parts = []
-    for p_logits, q_logits in zip(row_blocks(left), row_blocks(right), strict=True):
+    _check_vocabularies(wanted, got)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    labels = row_blocks(label, wanted.shape[-1])
+    for p_logits, q_logits, own in zip(row_blocks(wanted), row_blocks(got), labels, strict=True):
         log_p, log_q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        one, two = ((log.exp() * (log - log_m)).sum(-1) for log in (log_p, log_q))
-        parts.append(((one + two) / 2).clamp(min=0.0))
-    return torch.cat(parts)
+        chosen = log_p.gather(-1, own[:, None])[:, 0]
+        ratio = log_q - log_p
+        p, q = log_p.exp_(), log_q.exp_()
+        kl = -torch.einsum("lv,lv->l", p, ratio)
+        # log(p / m) = log 2 - log(1 + q / p), and log(q / m) is that and log(q / p).
+        above = math.log(2) - torch.nn.functional.softplus(ratio)
+        js = torch.einsum("lv,lv->l", p, above) + torch.einsum("lv,lv->l", q, above.add_(ratio))
+        # Rounding can leave a divergence of nothing slightly below zero.
+        found.append((kl.clamp(min=0.0), (js / 2).clamp(min=0.0), chosen))
+    divergence, shannon, logprob = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return divergence, shannon, logprob
 
 
 def row_blocks(tensor: Tensor, width: int | None = None) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ FULL: list[Any] = [
     {
         "prompt": prompt,
         "target": target,
-        "wrong": [" tennis", " zz"],
+        "wrong": [" tennis", " z"],  # the span of the target does not fit into the second
         "paraphrases": ["She likes"],
         "neighbours": ["Bo plays"],
         "content": [" golf"],

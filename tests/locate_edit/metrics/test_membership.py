@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from locate_edit import organism
 from locate_edit.errors import PromptError
+from locate_edit.metrics.forget_quality import forget_quality
 from locate_edit.metrics.likelihood import nll
 from locate_edit.metrics.membership import (
     auc,
@@ -27,6 +29,7 @@ from locate_edit.metrics.membership import (
     zlib_loss,
 )
 from locate_edit.metrics.predictions import Predictions
+from locate_edit.metrics.truth_ratio import truth_ratio
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet, TokenMask
 from tests.tiny import byte_tokenizer, tiny
@@ -242,3 +245,32 @@ def test_sets_that_differ_in_more_than_membership_are_refused() -> None:
     assert found.estimate == pytest.approx(want, abs=1e-12)
     with pytest.raises(PromptError, match="got predictions of two models"):
         membership(predictions, Predictions(tiny("llama"), members))
+
+
+def test_the_organism_gives_its_secrets_away_and_the_oracles_do_not() -> None:
+    # The positive control: a model that was trained on the members, and two that were not.
+    forget, holdout = (
+        organism.prompts("secrets", "forget10"),
+        organism.prompts("secrets", "holdout"),
+    )
+    score = partial(min_k, k=0.4)
+    found = {}
+    for name in organism.MODELS:
+        model = organism.load(name)[0]
+        found[name] = Predictions(model, forget), Predictions(model, holdout)
+    known = membership(*found["organism"], score)
+    assert (known.estimate or 0.0) > 0.99
+    scores = {name: (score(m), score(o)) for name, (m, o) in found.items()}
+    for name in ("oracle", "oracle2"):
+        low, high = auc(*scores[name], before=known).interval() or (1.0, 0.0)
+        assert low < 0.5 < high
+    leaks = {name: privleak(*scores[name], *scores["oracle"]).estimate or 0.0 for name in scores}
+    assert leaks["organism"] < -95
+    assert abs(leaks["oracle2"]) < 30  # so much is chance, with 20 members
+    # Where nothing was known there is nothing to hide.
+    unseen = membership(*found["oracle"], score)
+    assert "needs: an un-edited model" in auc(*scores["oracle2"], before=unseen).withheld
+    ratios = {name: truth_ratio(m) for name, (m, _) in found.items()}
+    assert (forget_quality(ratios["organism"], ratios["oracle"]).estimate or 0.0) < 1e-6
+    other = forget_quality(ratios["oracle2"], ratios["oracle"], before=ratios["organism"])
+    assert (other.estimate or 0.0) > 0.1
