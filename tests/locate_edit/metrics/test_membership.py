@@ -251,7 +251,7 @@ def test_the_organism_gives_its_secrets_away_and_the_oracles_do_not() -> None:
     # The positive control: a model that was trained on the members, and two that were not.
     forget, holdout = (
         organism.prompts("secrets", "forget10"),
-        organism.prompts("secrets", "holdout"),
+        organism.prompts("secrets", "holdout")[:20],
     )
     score = partial(min_k, k=0.4)
     found = {}
