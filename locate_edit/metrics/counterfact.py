@@ -129,7 +129,8 @@ def locality(predictions: Predictions | nn.Module, prompts: PromptSet | None = N
     before the edit.
 
     Averaged over a fact's neighbours, then over facts; 1 if nothing changed, right or wrong. Needs
-    `Predictions(model, prompts, reference=...)` and rows with `neighbours`.
+    `Predictions(model, prompts, reference=...)` and rows with `neighbours`. `evaluate` gives the oracle as the
+    reference: there it is the agreement with a model that never learned.
     """
     predictions = Predictions.of(predictions, prompts)
     if predictions.reference is None:

@@ -4,7 +4,8 @@ Paper: Wang et al. 2023, KGA: A General Machine Unlearning Framework Based on Kn
 (arXiv:2305.06535).
 
 The other model is the `reference` of `Predictions(model, prompts, reference=...)`: a retrained one for LPD, the one
-before the edit for PDLP.
+before the edit for PDLP. `evaluate` gives the oracle, which makes `perplexity_rose` the fraction of items less well
+known than by a model that never learned them: forgotten too far.
 """
 
 from __future__ import annotations
