@@ -25,10 +25,12 @@ from locate_edit.locate.attribution_patching import AttributionPatching
 from locate_edit.locate.eap_ig import EAPIG
 from locate_edit.locate.privacy_neurons import PrivacyNeurons
 from locate_edit.locate.saliency import Saliency
+from locate_edit.methods.gradient_difference import GradientDifference
 from locate_edit.methods.mechanistic import MechanisticUnlearning
 from locate_edit.methods.npo import NPO
 from locate_edit.methods.simnpo import SimNPO
 from locate_edit.methods.undial import UNDIAL
+from locate_edit.methods.wga import WeightedGradientAscent
 from locate_edit.prompts import PromptSet
 
 HERE = Path(__file__).parent
@@ -41,12 +43,14 @@ LOCALIZERS = (
     ActivationContrast(),
 )
 METHODS = (
+    GradientDifference(steps=STEPS, lr=LR),
     NPO(steps=STEPS, lr=LR),
     SimNPO(steps=STEPS, lr=LR),
     UNDIAL(steps=STEPS, lr=LR),
+    WeightedGradientAscent(steps=STEPS, lr=LR),
     MechanisticUnlearning(steps=STEPS, lr=LR),
 )
-BUDGETS = (20, 320)
+BUDGETS = (20, 80, 320)
 
 
 COLUMNS = tuple(
