@@ -14,9 +14,7 @@ from locate_edit.errors import EditError
 from locate_edit.methods.npo import NPO
 from locate_edit.prompts import PromptSet
 
-LEVEL = 4.0
-"""Where the hidden answers are driven to: negative log-likelihood in nats a token, a likelihood of 0.02."""
-HIDDEN = 0.2
+HIDDEN = 0.35
 """Largest mean likelihood of answers that count as hidden."""
 
 
@@ -29,13 +27,13 @@ def edited_away(
     batch_size: int,
     seed: int,
     mask: ComponentMask | None = None,
-    steps: int = 10,
-    lr: float = 1e-3,
+    steps: int = 30,
+    lr: float = 2e-3,
+    level: float = 3.0,
 ) -> Iterator[nn.Module]:
     """The model edited to fail on ``gone`` and to answer ``kept``, while the context is open.
 
-    Negative preference optimisation in rounds of ``steps`` until the answers of ``gone`` are below `HIDDEN`; five
-    rounds at most.
+    Negative preference optimisation until every answer has been at ``level``.
 
     Args:
         model: the model, which is restored afterwards.
@@ -44,28 +42,24 @@ def edited_away(
         batch_size: rows a forward pass.
         seed: of the order of the data.
         mask: where the model may change; None for everywhere.
-        steps: optimizer steps a round.
+        steps: optimizer steps at most.
         lr: learning rate.
+        level: where the hidden answers are driven to (negative log-likelihood in nats a token).
 
     Raises:
         EditError: the answers could not be hidden.
     """
-    made = []
+    made = edit(
+        model, NPO(steps=steps, lr=lr, beta=0.5), mask, forget=gone, retain=kept,
+        batch_size=batch_size, seed=seed, never_seen=level,
+    )  # fmt: skip
     try:
-        for turn in range(5):
-            made.append(
-                edit(model, NPO(steps=steps, lr=lr), mask, forget=gone, retain=kept, batch_size=batch_size,
-                     seed=seed + turn, never_seen=LEVEL)
-            )  # fmt: skip
-            left = measure(model, gone, batch_size).estimate
-            if left is not None and left < HIDDEN:
-                break
-        else:
+        left = measure(model, gone, batch_size).estimate
+        if left is None or left > HIDDEN:
             raise EditError(
-                f"no positive control: {5 * steps} steps left the answers it should hide at a likelihood of "
-                f"{left:.2f}, where below {HIDDEN} is needed"
+                f"no positive control: {steps} steps left the answers that it should hide at a likelihood of {left}, "
+                f"where {HIDDEN} at most is needed"
             )
         yield model
     finally:
-        for each in reversed(made):
-            each.undo()
+        made.undo()

@@ -109,7 +109,7 @@ class LatentPerturbation:
         last = Site(model_map.n_layers - 1, "neuron")
         drawn = torch.rand(model_map.shape(last), generator=torch.Generator().manual_seed(seed))
         return edited_away(
-            model, forget, mask=ComponentMask({last: drawn < 0.2}), lr=3e-3, batch_size=batch_size,
+            model, forget, mask=ComponentMask({last: drawn < 0.2}), lr=3e-3, level=2.0, batch_size=batch_size,
             seed=seed,
         )  # fmt: skip
 
@@ -173,7 +173,8 @@ class LatentPerturbation:
 
         with replace(model_map, {Site(layer, "layer"): add}):
             log_prob = token_log_probs(labelled_logits(model_map.model, batch), batch.label)
-        return -per_item_mean(log_prob, batch.item, len(batch.items), batch.weight)
+        nll: Tensor = -per_item_mean(log_prob, batch.item, len(batch.items), batch.weight)
+        return nll
 
 
 def moved(place: Tensor, gradient: Tensor, length: float) -> Tensor:
