@@ -1,0 +1,173 @@
+"""Train briefly on a part of what was forgotten: what an edit only covered up comes back with prompts never trained on.
+
+Paper: Guo et al. 2024, Mechanistic Unlearning (arXiv:2410.12949): fine-tune on half of the forgotten facts, test on the
+other half. The trained weights are all of them (or a mask) in place of LoRA adapters, the rate is constant, and the
+attacker has no text to keep the model whole.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from circuits import ComponentMask, Site, describe
+from locate_edit.attacked import Attacked, Point, check_prompts, measure
+from locate_edit.attacks._edited import edited_away
+from locate_edit.attacks._halves import Across, check_across, halves, marks, of_items
+from locate_edit.editing import edit
+from locate_edit.engine import StopWhen
+from locate_edit.errors import EditError, PromptError
+from locate_edit.methods.fine_tune import FineTune
+from locate_edit.metrics.values import Values
+from locate_edit.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """Likelihood of the targets after fine-tuning on other prompts than those measured.
+
+    The attacker may train the weights. ``on="half"``: on a seeded half of the forget prompts, with their answers; the
+    other half is measured. Prompts of one group (a row's `group`, such as a person) stay on one side unless
+    ``across="query"`` splits every group. ``on="unrelated"``: on half of the *retain* prompts; all forget prompts and
+    the other half of the retain prompts are measured.
+
+    Training teaches the form of an answer too, so the number rises somewhat in a model that never knew: compare with
+    one. It also breaks models: a broken model gives no answers either, and only the retain column tells it from one
+    that has forgotten. Where retain falls as far as forget, the attack was too strong to say anything.
+
+    Cost: a forward and a backward of a batch each step, and five measurements of what is tested. Without a mask the
+    trained copies of the weights and the optimizer's moments take 16 bytes a parameter.
+
+    Attributes:
+        steps: optimizer steps (AdamW).
+        lr: learning rate.
+        on: "half" or "unrelated".
+        mask: where the attacker trains; None for all weights.
+        across: "target" keeps groups on one side; "query" splits each.
+        level: likelihood of the answers before they were forgotten. The notes say at which of the measured steps half
+            of it is reached first (`steps to recover`, None for never).
+
+    Raises:
+        EditError: a setting out of range.
+        PromptError: too few prompts or groups for two halves, or "unrelated" without retain prompts.
+    """
+
+    steps: int = 10
+    lr: float = 1e-3
+    on: Literal["half", "unrelated"] = "half"
+    mask: ComponentMask | None = None
+    across: Across = "target"
+    level: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.lr > 0 or not 0 < self.level <= 1:
+            raise EditError(
+                f"Relearning: steps must be at least 1, lr positive and level between 0 and 1, got "
+                f"steps={self.steps}, lr={self.lr} and level={self.level}"
+            )
+        if self.on not in ("half", "unrelated"):
+            raise EditError(f"Relearning: on must be 'half' or 'unrelated', got {self.on!r}")
+        check_across(self.across, "Relearning")
+        if self.across == "within":
+            raise EditError(
+                "Relearning: across='within' would measure what was trained on, which every model learns; "
+                "expected 'target' or 'query'"
+            )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        forget: PromptSet,
+        *,
+        retain: PromptSet | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> Attacked:
+        """Train, measure at about five steps, and put the weights back; ``seed`` draws halves and batches."""
+        check_prompts(model, forget, retain)
+        taught, asked, kept = self.parts(forget, retain, seed)
+        tested = forget.select(asked)
+        held = None if retain is None else retain.select(kept)
+
+        def look() -> tuple[Values, Values | None]:
+            return (
+                of_items(measure(model, tested, batch_size), asked),
+                None if held is None else of_items(measure(model, held, batch_size), kept),
+            )
+
+        seen = {0: look()}
+        due = marks(self.steps)[1:-1]
+        done = 0
+
+        def watch(_: nn.Module) -> float:
+            nonlocal done
+            done += 1
+            if done in due:
+                seen[done] = look()
+            return 0.0
+
+        made = edit(
+            model, FineTune(steps=self.steps, lr=self.lr), self.mask, forget=taught, batch_size=batch_size, seed=seed,
+            stop=StopWhen(watch),
+        )  # fmt: skip
+        try:
+            seen[self.steps] = look()
+        finally:
+            made.undo()
+        return self._attacked(seen, len(taught))
+
+    def parts(
+        self, forget: PromptSet, retain: PromptSet | None, seed: int
+    ) -> tuple[PromptSet, list[int], list[int]]:
+        """What is trained on, and the items of ``forget`` and of ``retain`` that are measured."""
+        everything = list(range(len(retain))) if retain is not None else []
+        if self.on == "half":
+            train, asked = halves(forget, self.across, seed)
+            return forget.select(train, name="half"), asked, everything
+        if retain is None:
+            raise PromptError(
+                "Relearning(on='unrelated') trains on half of the retain prompts, but there are none: pass retain="
+            )
+        train, kept = halves(retain, self.across, seed)
+        return retain.select(train, name="unrelated"), list(range(len(forget))), kept
+
+    def hide(
+        self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
+    ) -> AbstractContextManager[nn.Module]:
+        """A positive control: a few steps against all the forget prompts in a fifth of the last layer's neurons.
+
+        The same steps in all weights leave little to bring back, on the organism: they break retain too.
+        """
+        model_map = describe(model)
+        last = Site(model_map.n_layers - 1, "neuron")
+        drawn = torch.rand(model_map.shape(last), generator=torch.Generator().manual_seed(seed))
+        return edited_away(
+            model, forget, mask=ComponentMask({last: drawn < 0.2}), lr=3e-3, batch_size=batch_size,
+            seed=seed,
+        )  # fmt: skip
+
+    def _attacked(self, seen: dict[int, tuple[Values, Values | None]], trained: int) -> Attacked:
+        curve = tuple(
+            Point(step, _mean(asked), None if kept is None else _mean(kept))
+            for step, (asked, kept) in sorted(seen.items())
+        )
+        (clean, retain_clean), (under, retain) = seen[0], seen[self.steps]
+        notes: dict[str, Any] = {
+            "trained on": f"{trained} {'forget' if self.on == 'half' else 'retain'} prompts",
+            "tested": len(under),
+            "steps to recover": next(
+                (point.strength for point in curve if point.forget >= self.level / 2), None
+            ),
+        }
+        return Attacked(
+            under, clean, retain, retain_clean, curve=curve, strength="steps", notes=notes
+        )
+
+
+def _mean(values: Values) -> float:
+    found = values.estimate
+    return float("nan") if found is None else found
