@@ -1,4 +1,5 @@
-"""The command line: `locate-edit demo | locate | edit | evaluate | compare | plot | compare-masks | undo | info`.
+"""The command line: `locate-edit demo | locate | edit | evaluate | compare | attack | plot | compare-masks | undo |
+info`.
 
 Every command is a thin layer over the library: read names and files, call the verb, write the result, say what was
 done.
@@ -589,6 +590,116 @@ def compare(
             _console().print(f"Written: {file}", soft_wrap=True)
     if found.failures:
         raise LocateEditError(cli_compare.failures(found))
+
+
+@command(
+    "attack gpt2 --edit my-edit --forget forget.jsonl --retain retain.jsonl --oracle retrained --attack relearning "
+    "--attack quantisation --set relearning.steps=20 --out attacks"
+)
+def attack(
+    model: Model,
+    forget: Annotated[
+        Path, _option(metavar="FILE", help="JSONL file of what should be forgotten.", show=False)
+    ],
+    retain: Annotated[
+        Path, _option(metavar="FILE", help="JSONL file of what it should know anyway.", show=False)
+    ],
+    out: Annotated[
+        Path,
+        _option(metavar="FOLDER", help="Where table, numbers and figure go.", show=False),
+    ],
+    edit: Annotated[
+        Path | None, _option(metavar="FOLDER", help="Attack MODEL with this edit applied.")
+    ] = None,
+    original: Annotated[
+        str | None, _option(metavar="MODEL", help="What MODEL was before it was edited.")
+    ] = None,
+    oracle: Oracle = None,
+    attacks: Annotated[
+        list[str] | None,
+        _option(
+            "--attack",
+            metavar="NAME",
+            help="An attack of locate-edit info, or package.module:Name; repeat for more. Default: all.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        _option(
+            "--set",
+            metavar="NAME.KEY=VALUE",
+            help="Set a hyperparameter of one attack, such as relearning.steps=20; repeat for more.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, _option(min=1, help="No attack takes more steps.")] = None,
+    seconds: Annotated[
+        float | None, _option(min=0, help="No attack is begun after this time.")
+    ] = None,
+    margin: Annotated[
+        float,
+        _option(
+            min=0, help="What an attack must bring back in its positive control to be believed."
+        ),
+    ] = 0.3,
+    controls: Annotated[
+        bool,
+        _option("--controls/--no-controls", help="Try each attack on its positive control first."),
+    ] = True,
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Try to bring back what an edit took away, beside the model before it and one that never knew.
+
+    MODEL with --edit, or an edited MODEL with --original, the model before. Nothing is changed on disk. An attack that
+    does not find what its positive control hides has no number but a reason.
+    """
+    from circuits import describe
+    from locate_edit import cli_attack
+    from locate_edit.checkpoints import load
+    from locate_edit.editing import Edit
+    from locate_edit.robustness import robustness
+
+    if edit is not None and original is not None:
+        raise typer.BadParameter("give --edit or --original: with --edit, MODEL is the original")
+    if controls and edit is None and original is None:
+        raise typer.BadParameter(
+            "the positive controls are made of the model before the edit: give --edit, --original or --no-controls"
+        )
+    chosen = cli_attack.build(attacks, _pairs(settings, "--set"))
+    cli_attack.steps_fit(chosen, steps)
+    cli_attack.check_out(out)
+    target: Any
+    target, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(target)
+    if edit is not None:
+        target = Edit.load(edit).apply(target)
+    before, never_knew = (
+        None if text is None else load(text, dtype=dtype, device=device)[0]
+        for text in (original, oracle)
+    )
+    found = robustness(
+        target, chosen, _prompts(forget, model_map, tokenizer), _prompts(retain, model_map, tokenizer),
+        original=before, oracle=never_knew, controls=controls, margin=margin, steps=steps, seconds=seconds,
+        batch_size=batch_size, seed=seed, progress=_progress(as_json),
+    )  # fmt: skip
+    written = found.save(out)
+    if as_json:
+        _print_json(cli_attack.as_json(found, written))
+        return
+    header, rows = cli_attack.shown(found)
+    console = _console()
+    if rows:
+        table = Table(*header, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for line in cli_attack.withheld(found):
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    for file in written:
+        console.print(f"Written: {file}", soft_wrap=True)
 
 
 @command("plot mask.safetensors --out mask.png")

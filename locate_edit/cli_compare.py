@@ -53,12 +53,17 @@ def build(
     return found
 
 
-def by_name(settings: Mapping[str, str], names: Sequence[str]) -> dict[str, dict[str, str]]:
+def by_name(
+    settings: Mapping[str, str],
+    names: Sequence[str],
+    what: str = "a localizer or method of this comparison",
+) -> dict[str, dict[str, str]]:
     """Settings such as `npo.beta=0.1`, as hyperparameters by name.
 
     Args:
         settings: text by "name.hyperparameter".
         names: what is compared.
+        what: the names in words, for the message.
 
     Raises:
         LocateEditError: a setting that begins with none of the names.
@@ -71,8 +76,8 @@ def by_name(settings: Mapping[str, str], names: Sequence[str]) -> dict[str, dict
             close = difflib.get_close_matches(said, names, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise LocateEditError(
-                f"--set {key}={text}: expected NAME.HYPERPARAMETER=VALUE with the name of a localizer or method "
-                f"of this comparison ({', '.join(names)}).{hint}"
+                f"--set {key}={text}: expected NAME.HYPERPARAMETER=VALUE with the name of {what} "
+                f"({', '.join(names)}).{hint}"
             )
         name = max(mine, key=len)
         found.setdefault(name, {})[key[len(name) + 1 :]] = text
