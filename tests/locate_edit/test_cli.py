@@ -150,8 +150,9 @@ def test_edit_changes_only_the_mask_and_can_be_undone(folder: Path, tmp_path: Pa
 
 
 def test_an_edit_with_adapters_is_saved_but_not_merged(folder: Path, tmp_path: Path) -> None:
-    common = ("edit", folder / "gpt2", "--method", "eul", "--steps", 2, "--set", "width=3")
-    common = (*common, "--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl")
+    method = ("--method", "eul", "--steps", 2, "--set", "width=3")
+    data = ("--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl")
+    common = ("edit", folder / "gpt2", *method, *data)
     merged = tmp_path / "merged"
     said = run(*common, "--out", tmp_path / "edit", "--merge", merged, code=1)
     assert "--merge (the edit is in " in said.stderr
