@@ -530,6 +530,35 @@ class PromptSet:
             self._rows, tuple(tokens), self._weights, self._name if name is None else name
         )
 
+    def followed(self, ids: Sequence[Sequence[int]], *, name: str | None = None) -> PromptSet:
+        """The same items with tokens between each prompt and its target, before the first scored token.
+
+        What is scored stays scored.
+
+        Args:
+            ids: token ids for each item.
+            name: what to call the set.
+
+        Raises:
+            PromptError: not one list for each item.
+        """
+        if len(ids) != len(self):
+            raise PromptError(f"{self!r}: expected tokens for {len(self)} items, got {len(ids)}.")
+        tokens = []
+        for old, added in zip(self._tokens, ids, strict=True):
+            at = old.scored[0]
+            tokens.append(
+                replace(
+                    old,
+                    ids=(*old.ids[:at], *added, *old.ids[at:]),
+                    scored=tuple(position + len(added) for position in old.scored),
+                    subject=tuple(p + len(added) if p >= at else p for p in old.subject),
+                )
+            )
+        return self._derive(
+            self._rows, tuple(tokens), self._weights, self._name if name is None else name
+        )
+
     # ---- batches ---------------------------------------------------------------------------------
 
     def batch(self, indices: Iterable[int]) -> Batch:
