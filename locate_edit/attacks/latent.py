@@ -169,11 +169,12 @@ class LatentPerturbation:
             radius = self.budget * torch.linalg.vector_norm(
                 hidden.detach().float(), dim=-1, keepdim=True
             )
-            return hidden + (radius * place).to(hidden.dtype)
+            new: Tensor = hidden + (radius * place).to(hidden.dtype)
+            return new
 
         with replace(model_map, {Site(layer, "layer"): add}):
             log_prob = token_log_probs(labelled_logits(model_map.model, batch), batch.label)
-        nll: Tensor = -per_item_mean(log_prob, batch.item, len(batch.items), batch.weight)
+        nll: Tensor = per_item_mean(-log_prob, batch.item, len(batch.items), batch.weight)
         return nll
 
 
@@ -182,8 +183,9 @@ def moved(place: Tensor, gradient: Tensor, length: float) -> Tensor:
     size = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
     # A token without gradient stays where it is.
     there = place - length * gradient / size.clamp(min=torch.finfo(size.dtype).tiny)
-    found: Tensor = there / torch.linalg.vector_norm(there, dim=-1, keepdim=True).clamp(min=1.0)
-    return found
+    beyond: Tensor = torch.linalg.vector_norm(there, dim=-1, keepdim=True).clamp(min=1.0)
+    inside: Tensor = there / beyond
+    return inside
 
 
 def _first_wrong(prompts: PromptSet) -> PromptSet | None:
