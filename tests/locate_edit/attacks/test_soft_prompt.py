@@ -70,6 +70,23 @@ def test_training_is_the_literal_one() -> None:
     assert likelihoods[-1] > 1.1 * likelihoods[0]
 
 
+def test_the_measured_half_is_not_trained_on() -> None:
+    """Other answers there change nothing of the prefix: not the training loss, not what the retain prompts become."""
+    net, (forget, retain) = model("llama-tied"), prompts("llama-tied")
+    _, test = halves(forget, "query", 1)
+    rows = [
+        {**row, "target": " zz", "spans": []} if i in test else row
+        for i, row in enumerate(forget.rows)
+    ]
+    both = (forget, forget.reread(rows))
+    runs = [SoftPrompt(steps=3)(net, each, retain=retain, seed=1) for each in both]
+    assert runs[0].notes["training loss"] == runs[1].notes["training loss"]
+    assert runs[0].retain is not None
+    assert runs[1].retain is not None
+    assert runs[0].retain.values.tolist() == runs[1].retain.values.tolist()
+    assert runs[0].forget.values.tolist() != runs[1].forget.values.tolist()
+
+
 def test_only_the_other_half_is_measured_and_the_best_restart_counts() -> None:
     net, (forget, retain) = model("llama-tied"), prompts("llama-tied")
     found = SoftPrompt(steps=2, restarts=2)(net, forget, retain=retain, seed=1)

@@ -113,6 +113,21 @@ def test_who_is_searched_on_and_who_is_measured() -> None:
     assert within.forget.items.tolist() == list(range(len(forget)))
 
 
+def test_the_measured_half_is_not_searched_on() -> None:
+    """Other orders of an answer's letters there (the same tokens are barred) leave the suffix as it was."""
+    net, (forget, _) = model("llama-tied"), prompts("llama-tied")
+    attack = Suffix(length=2, steps=2, candidates=3)
+    _, test = halves(forget, "query", 1)
+    rows = [
+        {**row, "target": " " + row["target"].strip()[::-1], "spans": []} if i in test else row
+        for i, row in enumerate(forget.rows)
+    ]
+    first, other = (attack(net, each, seed=1) for each in (forget, forget.reread(rows)))
+    assert first.notes["suffix tokens"] == other.notes["suffix tokens"]
+    assert first.notes["search loss"] == other.notes["search loss"]
+    assert first.forget.values.tolist() != other.forget.values.tolist()
+
+
 def test_the_lock_opens_by_search_alone_and_who_never_knew_stays() -> None:
     net = organism.load()[0]
     forget = organism.prompts("facts", "forget01")
