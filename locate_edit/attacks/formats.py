@@ -1,7 +1,7 @@
 """Ask the same question in other forms: an edit that only meets the trained form hides nothing in the others.
 
 Paper: Guo et al. 2024, Mechanistic Unlearning (arXiv:2410.12949): multiple choice, capitalised and dashed names, and
-paraphrases; in the dialogue form and by what is made of them this is our own.
+paraphrases. The dialogue form and taking the best form are additions.
 """
 
 from __future__ import annotations
