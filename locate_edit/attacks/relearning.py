@@ -57,7 +57,7 @@ class Relearning:
     """
 
     steps: int = 10
-    lr: float = 1e-3
+    lr: float = 7e-4
     on: Literal["half", "unrelated"] = "half"
     mask: ComponentMask | None = None
     across: Across = "target"
@@ -146,8 +146,8 @@ class Relearning:
         last = Site(model_map.n_layers - 1, "neuron")
         drawn = torch.rand(model_map.shape(last), generator=torch.Generator().manual_seed(seed))
         return edited_away(
-            model, forget, mask=ComponentMask({last: drawn < 0.2}), lr=3e-3, batch_size=batch_size,
-            seed=seed,
+            model, forget, mask=ComponentMask({last: drawn < 0.2}), lr=2e-3, level=2.0,
+            batch_size=batch_size, seed=seed,
         )  # fmt: skip
 
     def _attacked(self, seen: dict[int, tuple[Values, Values | None]], trained: int) -> Attacked:
