@@ -19,7 +19,7 @@ from tests.locate_edit.engine_setting import model, prompts
 QUICK = {"steps": 3, "samples": 3, "candidates": 4, "restarts": 1, "length": 3}
 """Values of hyperparameters that only cost time."""
 FAMILIES = ("llama-tied", "gpt2", "bert")
-CAUSAL_ONLY: frozenset[str] = frozenset()
+CAUSAL_ONLY: frozenset[str] = frozenset({"Sampling"})
 """Attacks that generate, which masked models do not; they refuse with the reason."""
 
 
