@@ -29,10 +29,19 @@ from locate_edit import PromptSet, edit, organism
 from locate_edit.engine import StopWhen
 from locate_edit.errors import EditError
 from locate_edit.locate.activation_contrast import ActivationContrast
+from locate_edit.methods.dpo import DPO
 from locate_edit.methods.fine_tune import FineTune
 from locate_edit.methods.gradient_difference import GradientDifference
+from locate_edit.methods.gradient_surgery import GradientSurgery
+from locate_edit.methods.latent_adversarial import LatentAdversarial
+from locate_edit.methods.llm_unlearning import LLMUnlearning
+from locate_edit.methods.mechanistic import MechanisticUnlearning
 from locate_edit.methods.never_met import NeverMet
 from locate_edit.methods.npo import NPO
+from locate_edit.methods.rmu import RMU
+from locate_edit.methods.simnpo import SimNPO
+from locate_edit.methods.undial import UNDIAL
+from locate_edit.methods.wga import WeightedGradientAscent
 from locate_edit.metrics.exposure import exposure
 from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.oracle_distance import divergences
@@ -50,7 +59,7 @@ REPLACEMENTS = 12
 LOOK = 5
 """Steps between two looks at how likely the forget prompts are."""
 SHARED: dict[str, Any] = {"steps": 100, "lr": 2e-3, "alpha": 100.0}
-"""The same for every method."""
+"""The same for every method that takes them."""
 METHODS: dict[str, Any] = {
     "NeverMet": NeverMet(**SHARED),
     "fine-tuning on replacements": FineTune(retain="kl", **SHARED),
@@ -59,6 +68,15 @@ METHODS: dict[str, Any] = {
     "NeverMet, located neurons": NeverMet(**SHARED),
     "fine-tuning on replacements, not stopped": FineTune(retain="kl", **SHARED),
     "NeverMet, namesakes not kept": NeverMet(**SHARED, beta=0.0),
+    "SimNPO": SimNPO(retain="kl", **SHARED),
+    "UNDIAL": UNDIAL(retain="kl", **SHARED),
+    "weighted ascent": WeightedGradientAscent(retain="kl", **SHARED),
+    "gradient surgery": GradientSurgery(retain="kl", **SHARED),
+    "mechanistic unlearning": MechanisticUnlearning(retain="kl", **SHARED),
+    "DPO, refusals": DPO(prefer="refusal", retain="kl", **SHARED),
+    "AdvNPO": LatentAdversarial(retain="kl", **SHARED),
+    "LLM unlearning": LLMUnlearning(steps=100, lr=2e-3, retain_weight=100.0, k=1),
+    "RMU": RMU(steps=100, lr=2e-3),
 }
 RELEARN = FineTune(steps=3, lr=2e-4)
 """Of every weight, at a rate that brings the oracle part of the way on the tuning people."""
