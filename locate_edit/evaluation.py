@@ -33,6 +33,7 @@ from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Floats, Values, average_over_runs
 from locate_edit.prompts import PromptSet
 from locate_edit.report import COLUMNS, TITLES, Cell, Example, Line, Report
+from locate_edit.side_effects import SHOWN_TOKENS, shown_text, side_effects
 
 __all__ = ["Editable", "Metric", "evaluate"]
 
@@ -41,9 +42,6 @@ Metric = Callable[..., Values] | ModuleType | str
 or a name."""
 
 Control = ComponentMask | nn.Module
-
-# Longer outputs of the examples are cut: they are there to be looked at.
-_EXAMPLE_TOKENS = 40
 
 
 @runtime_checkable
@@ -118,11 +116,12 @@ def evaluate(
     """
     sets = _sets(target, forget, retain, others or {})
     chosen = _functions(metrics)
-    run = _Run(
-        sets, chosen, oracle, other_oracle, batch_size=batch_size, n_examples=examples, seed=seed
-    )
-    states: dict[str, _State] = {}
     editable = None if isinstance(target, nn.Module) else target
+    run = _Run(
+        sets, chosen, oracle, other_oracle, batch_size=batch_size, n_examples=examples, seed=seed,
+        ranked=editable is not None,
+    )  # fmt: skip
+    states: dict[str, _State] = {}
     model = _applied_model(target)
     controls, reason = ([], "") if editable is None else _controls(editable, random, seed)
     with _bar(progress, 1 + (editable is not None) + len(controls) + (oracle is not None)) as step:
@@ -158,6 +157,7 @@ def evaluate(
         examples=run.examples(states),
         notes=(f"no random control: {reason}",) if reason else (),
         undo=() if editable is None else tuple(undo) or _undo(editable),
+        side_effects=side_effects({c: state.likelihoods for c, state in states.items()}, sets),
     )
 
 
@@ -174,10 +174,14 @@ def _undo(target: Editable) -> tuple[str, ...]:
 
 @dataclass
 class _State:
-    """Everything measured on one state of the model: values by set and metric, and its own words by set and item."""
+    """Everything measured on one state of the model: values by set and metric, and its own words by set and item.
+
+    Of the sets outside the forget set also every item's likelihood, which the side effects are ranked by.
+    """
 
     values: dict[tuple[str, str], Values] = field(default_factory=dict)
     words: dict[tuple[str, int], str] = field(default_factory=dict)
+    likelihoods: dict[str, Values] = field(default_factory=dict)
 
 
 @dataclass
@@ -191,6 +195,7 @@ class _Run:
     batch_size: int
     n_examples: int
     seed: int
+    ranked: bool
     noise: dict[str, Floats] = field(default_factory=dict)
 
     def measure(self, model: nn.Module) -> _State:
@@ -205,6 +210,8 @@ class _Run:
                 self._distances(predictions, name, state)
             for label, metric in self.metrics.items():
                 state.values[name, label] = metric(predictions)
+            if self.ranked and name != "forget":
+                state.likelihoods[name] = likelihood(predictions)
             self._say(name, predictions, state)
         return state
 
@@ -246,7 +253,7 @@ class _Run:
         else:
             few = prompts.select(shown)
             longest = max(len(few.target_ids(i)) for i in range(len(few)))
-            length = _EXAMPLE_TOKENS if longest > _EXAMPLE_TOKENS else None
+            length = SHOWN_TOKENS if longest > SHOWN_TOKENS else None
             said = generate(predictions.model, few, length, batch_size=self.batch_size)
         for index, tokens in zip(shown, said, strict=True):
             state.words[name, index] = str(prompts.tokenizer.decode(tokens))
@@ -262,15 +269,13 @@ class _Run:
         found = []
         for name, prompts in self.sets.items():
             for index in self._shown(name):
-                decode = prompts.tokenizer.decode
-                before = decode(prompts.prompt_ids(index), skip_special_tokens=True)
-                target = decode(prompts.target_ids(index)[:_EXAMPLE_TOKENS])
+                before, target = shown_text(prompts, index)
                 outputs = {
                     column: states[column].words[name, index]
                     for column in COLUMNS
                     if column in states and (name, index) in states[column].words
                 }
-                found.append(Example(name, str(before), str(target), outputs))
+                found.append(Example(name, before, target, outputs))
         return tuple(found)
 
 
@@ -280,7 +285,11 @@ def _pooled(runs: Sequence[_State]) -> _State:
         key: average_over_runs([run.values[key] for run in runs if key in run.values])
         for key in runs[0].values
     }
-    return _State(values, runs[0].words)
+    likelihoods = {
+        name: average_over_runs([run.likelihoods[name] for run in runs])
+        for name in runs[0].likelihoods
+    }
+    return _State(values, runs[0].words, likelihoods)
 
 
 def _lines(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from locate_edit.metrics.values import Values
 
-__all__ = ["COLUMNS", "TITLES", "Cell", "Example", "Line", "Report", "number"]
+__all__ = ["COLUMNS", "TITLES", "Cell", "Example", "Line", "Report", "SideEffect", "number"]
 
 COLUMNS = ("before", "after", "random", "oracle")
 """Every state a model is measured in, in the order of the tables."""
@@ -124,6 +124,30 @@ class Example:
     outputs: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class SideEffect:
+    """A prompt outside the forget set that the model knows less well after the edit.
+
+    Attributes:
+        prompts: name of its prompt set.
+        item: its index there.
+        prompt: the text before the target.
+        target: the answer, cut where it is long.
+        likelihood: of the target (geometric mean of its tokens' probabilities), by state.
+    """
+
+    prompts: str
+    item: int
+    prompt: str
+    target: str
+    likelihood: Mapping[str, float]
+
+    @property
+    def fall(self) -> float:
+        """Likelihood before minus likelihood after."""
+        return self.likelihood["before"] - self.likelihood["after"]
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """What an edit did: numbers before and after it, beside a random mask and a model that never learned.
@@ -138,6 +162,7 @@ class Report:
         examples: what the model says.
         notes: what a reader must know.
         undo: how to take the edit back, in lines of code or shell.
+        side_effects: the prompts outside the forget set whose likelihood fell most, largest fall first.
     """
 
     lines: tuple[Line, ...]
@@ -149,6 +174,7 @@ class Report:
     examples: tuple[Example, ...] = ()
     notes: tuple[str, ...] = ()
     undo: tuple[str, ...] = ()
+    side_effects: tuple[SideEffect, ...] = ()
 
     # ---- looking up ------------------------------------------------------------------------------
 
@@ -201,6 +227,13 @@ class Report:
             for column, cell in line.cells.items()
             if cell.withheld
         ]
+
+    @property
+    def n_elsewhere(self) -> int:
+        """How many prompts outside the forget set were measured: what the side effects are the extremes of."""
+        return sum(
+            int(about.get("items", 0)) for name, about in self.sets.items() if name != "forget"
+        )
 
     @property
     def summary(self) -> str:
@@ -295,6 +328,16 @@ class Report:
                 }
                 for example in self.examples
             ],
+            "side_effects": [
+                {
+                    "prompts": effect.prompts,
+                    "item": effect.item,
+                    "prompt": effect.prompt,
+                    "target": effect.target,
+                    "likelihood": dict(effect.likelihood),
+                }
+                for effect in self.side_effects
+            ],
             "notes": list(self.notes),
             "undo": list(self.undo),
         }
@@ -340,6 +383,8 @@ class Report:
             examples=tuple(Example(**example) for example in data["examples"]),
             notes=tuple(data["notes"]),
             undo=tuple(data["undo"]),
+            # Older reports of this format lack them.
+            side_effects=tuple(SideEffect(**effect) for effect in data.get("side_effects", ())),
         )
 
     def to_markdown(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from html import escape
 
 from locate_edit.report import TITLES, Cell, Line, Report, number
+from locate_edit.report_text import SIDE_EFFECTS
 
 __all__ = ["page", "tables"]
 
@@ -47,6 +48,7 @@ def page(report: Report, images: Mapping[str, bytes]) -> str:
         "<h2>Numbers</h2>",
         _columns_help(report),
         tables(report),
+        _side_effects(report),
         _where(report),
         _undo(report),
         _definitions(report),
@@ -131,6 +133,26 @@ def _examples(report: Report) -> str:
     return (
         "<h2>What the model says</h2><p>The most probable continuation of a few prompts.</p>"
         f'<div class="wide"><table><thead><tr><th>prompts</th><th>prompt</th><th>true</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _side_effects(report: Report) -> str:
+    if not report.side_effects:
+        return ""
+    states = [c for c in TITLES if any(c in e.likelihood for e in report.side_effects)]
+    head = "".join(f'<th class="n">{escape(TITLES[column])}</th>' for column in states)
+    rows = "".join(
+        f"<tr><td>{escape(effect.prompts)}</td>"
+        f'<td class="q"><code>{escape(effect.prompt)}</code></td>'
+        f"<td><code>{escape(effect.target)}</code></td>"
+        + "".join(f'<td class="n">{number(effect.likelihood.get(c))}</td>' for c in states)
+        + "</tr>"
+        for effect in report.side_effects
+    )
+    return (
+        f"<h2>What else changed</h2><p>{escape(SIDE_EFFECTS.format(n=report.n_elsewhere))}</p>"
+        f'<div class="wide"><table><thead><tr><th>prompts</th><th>prompt</th><th>answer</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from locate_edit.report import TITLES, Cell, Line, Report, number
 
-__all__ = ["markdown", "summary"]
+__all__ = ["SIDE_EFFECTS", "markdown", "summary"]
+
+SIDE_EFFECTS = (
+    "Of the {n:,} prompts outside the forget set, those whose likelihood (geometric mean of the probabilities of the "
+    "answer's tokens) fell most. They are the extremes of many, so some fall by chance: what the random mask does to "
+    "the same prompts tells how much of it any change of this size does."
+)
+"""What stands above the table of side effects; ``n`` is the number of prompts."""
+
 
 # The distance headline has its own sentence; these are not the metric the other sentences are about.
 _DISTANCES = ("oracle_distance", "oracle_kl")
@@ -167,6 +175,7 @@ def markdown(report: Report) -> str:
             said = [example.outputs.get(column, "") for column in states]
             parts.append(_row([example.prompts, example.prompt, example.target, *said]))
         parts.append("")
+    parts += _side_effects(report)
     parts += ["## Definitions", ""]
     defined = {line.title: f"{line.definition} [{line.unit}]" for line in report.lines}
     parts += [f"- **{_cell(title)}**: {_cell(text)}" for title, text in defined.items()]
@@ -177,6 +186,19 @@ def markdown(report: Report) -> str:
     if report.undo:
         parts += ["## Undo", "", "```", *report.undo, "```", ""]
     return "\n".join(parts)
+
+
+def _side_effects(report: Report) -> list[str]:
+    if not report.side_effects:
+        return []
+    states = [c for c in TITLES if any(c in e.likelihood for e in report.side_effects)]
+    head = ["prompts", "prompt", "answer", *(TITLES[column] for column in states)]
+    parts = ["## What else changed", "", SIDE_EFFECTS.format(n=report.n_elsewhere), ""]
+    parts += [_row(head), _row(["---", "---", "---", *(["---:"] * len(states))])]
+    for effect in report.side_effects:
+        numbers = [number(effect.likelihood.get(column)) for column in states]
+        parts.append(_row([effect.prompts, effect.prompt, effect.target, *numbers]))
+    return [*parts, ""]
 
 
 def _row(cells: list[str]) -> str:

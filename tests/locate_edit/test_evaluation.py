@@ -250,6 +250,62 @@ def test_the_models_own_words_are_shown() -> None:
     assert len(words) > 0
 
 
+# ---- side effects --------------------------------------------------------------------------------
+
+
+def bigram(b_after_a: float, c_after_b: float, a_after_c: float) -> Bigram:
+    return Bigram(V, {A: {B: b_after_a}, B: {C: c_after_b}, C: {A: a_after_c}})
+
+
+class Careless(FakeEdit):
+    """Forgets b after a, and harms c after b and, less, a after c."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.model, self.base = bigram(0.1, 0.5, 0.55), bigram(0.9, 0.8, 0.6)
+        self.retain = PromptSet([("b", " c"), ("b", " a"), ("b", " c")], TOKENIZER, name="r")
+
+    @contextmanager
+    def rerun(self, mask: FakeMask) -> Iterator[Any]:
+        with self._weights(bigram(0.9, 0.7 if mask.name == "random 1" else 0.6, 0.6)):
+            yield SimpleNamespace(model=self.model)
+
+
+def test_side_effects_are_ranked_by_how_far_their_likelihood_fell() -> None:
+    # The last item is in the forget set too, in the same words: it fell most and is no side effect.
+    more = PromptSet([("c", " a"), ("b", " c a"), ("a", " b")], TOKENIZER, name="m")
+    report = evaluate(Careless(), [perplexity], others={"more": more}, random=2)
+    effects = report.side_effects
+    # b then a has become more likely, so it is missing; equal falls keep the order of the sets.
+    expected = [("retain", 0), ("retain", 2), ("more", 1), ("more", 0)]
+    assert [(effect.prompts, effect.item) for effect in effects] == expected
+    assert (effects[2].prompt.strip(), effects[2].target.split()) == ("b", ["c", "a"])
+    # The random column is the mean of two masks, 0.7 and 0.6.
+    by_hand = [
+        {"before": 0.8, "after": 0.5, "random": 0.65},
+        {"before": 0.8, "after": 0.5, "random": 0.65},
+        {
+            "before": math.sqrt(0.8 * 0.6),
+            "after": math.sqrt(0.5 * 0.55),
+            "random": (math.sqrt(0.7 * 0.6) + math.sqrt(0.6 * 0.6)) / 2,
+        },
+        {"before": 0.6, "after": 0.55, "random": 0.6},
+    ]
+    for effect, numbers in zip(effects, by_hand, strict=True):
+        assert effect.likelihood == pytest.approx(numbers, rel=1e-5)
+    assert effects[0].fall == pytest.approx(0.3, rel=1e-5)
+    assert report.n_elsewhere == 6
+
+
+def test_ten_side_effects_at_most_and_none_without_an_edit() -> None:
+    careless = Careless()
+    careless.retain = PromptSet([("b", " c")] * 12, TOKENIZER, name="r")
+    assert len(evaluate(careless, [likelihood]).side_effects) == 10
+    assert evaluate(careless.model, [likelihood], retain=careless.retain).side_effects == ()
+    only = PromptSet([("b", " a")], TOKENIZER, name="r")
+    assert evaluate(careless, [likelihood], retain=only).side_effects == ()
+
+
 # ---- real edits ----------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from circuits.atomic import StorageError
-from locate_edit.report import Cell, Example, Line, Report, number
+from locate_edit.report import Cell, Example, Line, Report, SideEffect, number
 from locate_edit.report_figures import COLOURS, before_after, metric_panel, oracle_panel
 
 
@@ -64,6 +64,29 @@ def sample(**changes: Any) -> Report:
         "undo": ("edit.undo()",),
     }  # fmt: skip
     return Report(**{**fields, **changes})
+
+
+HARMED = SideEffect(
+    "retain", 7, "Where | is <b>Bo</b>?", " in | Oslo", {"before": 0.913, "after": 0.277, "random": 0.9}
+)  # fmt: skip
+
+
+def test_side_effects_are_in_every_form() -> None:
+    report = sample(side_effects=(HARMED,))
+    data = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert Report.from_json(data).side_effects == (HARMED,)
+    del data["side_effects"]  # as reports were before there were any
+    assert Report.from_json(data).side_effects == ()
+    row = "| retain | Where \\| is &lt;b>Bo&lt;/b>? | in \\| Oslo | 0.913 | 0.277 | 0.900 |"
+    text = report.to_markdown()
+    assert row in text.splitlines()
+    assert "Of the 20 prompts outside the forget set" in text
+    page = report.to_html()
+    assert "<b>Bo</b>" not in page
+    cells = "".join(f'<td class="n">{n}</td>' for n in ("0.913", "0.277", "0.900"))
+    assert f"<td><code> in | Oslo</code></td>{cells}" in page
+    for form in (sample().to_markdown(), sample().to_html()):
+        assert "What else changed" not in form
 
 
 # ---- numbers and look-up -------------------------------------------------------------------------
