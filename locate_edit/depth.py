@@ -188,7 +188,7 @@ def layer_lines(depth: Depth, ax: Axes | None = None) -> Axes:
     layer still carries it. Where a control is not at 0, the oracle's line says less than it seems to. Means over
     prompts, with 95% bootstrap intervals over them.
     """
-    axes = _figure(5.8, 3.8).add_subplot() if ax is None else ax
+    axes = _figure(8.6, 3.6).add_subplot() if ax is None else ax
     given = {key: getattr(depth, key) for key in _COLOURS}
     for place, (key, costs) in enumerate(given.items()):
         if costs is None:
@@ -206,8 +206,9 @@ def layer_lines(depth: Depth, ax: Axes | None = None) -> Axes:
     axes.set_xlabel("layer whose residual stream is replaced", fontsize=9)
     axes.set_ylabel("log-probability lost (nats a token)", fontsize=9)
     said = "withheld" if depth.score.withheld else f"{depth.score.estimate:.2f}"
-    axes.set_title(f"Unlearning depth: {said} (damage {depth.damage:.0%})", fontsize=10, loc="left")
-    axes.legend(fontsize=7.5, frameon=False)
+    damage = "unknown" if np.isnan(depth.damage) else f"{depth.damage:.0%}"
+    axes.set_title(f"Unlearning depth: {said} (damage {damage})", fontsize=10, loc="left")
+    axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     return axes
