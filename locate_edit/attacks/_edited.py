@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ from locate_edit.errors import EditError
 from locate_edit.methods.npo import NPO
 from locate_edit.prompts import PromptSet
 
-HIDDEN = 0.35
+HIDDEN = 0.5
 """Largest mean likelihood of answers that count as hidden."""
 
 
@@ -27,7 +28,7 @@ def edited_away(
     batch_size: int,
     seed: int,
     mask: ComponentMask | None = None,
-    steps: int = 30,
+    epochs: int = 30,
     lr: float = 2e-3,
     level: float = 3.0,
 ) -> Iterator[nn.Module]:
@@ -42,13 +43,14 @@ def edited_away(
         batch_size: rows a forward pass.
         seed: of the order of the data.
         mask: where the model may change; None for everywhere.
-        steps: optimizer steps at most.
+        epochs: passes over ``gone`` at most.
         lr: learning rate.
         level: where the hidden answers are driven to (negative log-likelihood in nats a token).
 
     Raises:
         EditError: the answers could not be hidden.
     """
+    steps = epochs * math.ceil(len(gone) / batch_size)
     made = edit(
         model, NPO(steps=steps, lr=lr, beta=0.5), mask, forget=gone, retain=kept,
         batch_size=batch_size, seed=seed, never_seen=level,
