@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def report(after: float = 0.2, **changes: Any) -> Report:
 
 
 def test_a_slope_runs_from_before_to_after_with_the_reports_intervals() -> None:
-    ax = slope_panel(report())
+    ax: Any = slope_panel(report())
     slopes = [drawn for drawn in ax.lines if len(drawn.get_xdata()) == 2 and not upright(drawn)]
     assert [list(s.get_ydata()) for s in slopes] == [[0.8, 0.2], [0.5, 0.45]]
     whiskers = [tuple(drawn.get_ydata()) for drawn in ax.lines if upright(drawn)]
@@ -83,7 +83,7 @@ def upright(drawn: Any) -> bool:
 
 
 def test_what_has_no_number_is_not_drawn() -> None:
-    ax = slope_panel(report(), "perplexity")  # infinite after the edit on retain
+    ax: Any = slope_panel(report(), "perplexity")  # infinite after the edit on retain
     assert {row["set"] for row in figure_data(ax)} == {"forget"}
     assert ax.get_yscale() == "log"
     with pytest.raises(EditError, match="'exposure' has no number before and after"):
@@ -106,7 +106,7 @@ def test_a_panel_for_each_report_on_one_scale(tmp_path: Any) -> None:
 # ---- relearning -----------------------------------------------------------------------------------
 
 
-def attacked(points: list[tuple[float, float, float | None]], unit: str = "steps") -> Attacked:
+def attacked(points: Sequence[tuple[float, float, float | None]], unit: str = "steps") -> Attacked:
     values = Values.make(
         "likelihood", [points[-1][1] - 0.1, points[-1][1] + 0.1], unit="probability", direction="up"
     )
@@ -116,7 +116,7 @@ def attacked(points: list[tuple[float, float, float | None]], unit: str = "steps
 def test_relearning_has_a_line_a_method_and_the_oracle_in_black() -> None:
     hidden, gone = [(0, 0.1, 0.9), (10, 0.8, 0.88)], [(0, 0.1, None), (10, 0.2, None)]
     never = attacked([(0, 0.1, 0.9), (10, 0.15, 0.9)])
-    ax = relearning({"hidden": attacked(hidden), "gone": attacked(gone)}, oracle=never)
+    ax: Any = relearning({"hidden": attacked(hidden), "gone": attacked(gone)}, oracle=never)
     lines = {str(drawn.get_label()): drawn for drawn in ax.lines}
     assert list(lines["hidden"].get_ydata()) == [0.1, 0.8]
     assert list(lines["hidden"].get_xdata()) == [0, 10]
@@ -147,7 +147,7 @@ def test_curves_of_one_kind_only() -> None:
 
 
 def test_bars_are_fractions_of_the_original() -> None:
-    ax = summary_bars({"a": report(), "b": report(0.6)})
+    ax: Any = summary_bars({"a": report(), "b": report(0.6)})
     found = {(r["report"], r["key"], r["state"]): r["normalised"] for r in figure_data(ax)}
     assert found == pytest.approx({
         ("a", "forget.likelihood", "after"): 0.25, ("b", "forget.likelihood", "after"): 0.75,
@@ -168,7 +168,7 @@ def test_bars_are_fractions_of_the_original() -> None:
 
 
 def test_bars_of_some_metrics_and_of_none() -> None:
-    ax = summary_bars(report(), ["likelihood"])
+    ax: Any = summary_bars(report(), ["likelihood"])
     assert {row["key"] for row in figure_data(ax)} == {"forget.likelihood", "retain.likelihood"}
     assert {row["report"] for row in figure_data(ax)} == {"NPO"}
     nothing = report(lines=(line("likelihood", "forget", {"before": 0.0, "after": 0.1}),))

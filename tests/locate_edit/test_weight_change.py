@@ -163,7 +163,7 @@ def test_the_map_says_where_and_how_much_and_hatches_what_left_the_mask() -> Non
     model = tiny("llama")
     made = trained(model, "L0.neuron[1]")
     found = weight_changes(made)
-    ax = weight_change(made)
+    ax: Any = weight_change(made)
     assert hatched(ax) == []
     assert "none outside the mask" in ax.get_title()
     rows = {(row["layer"], row["of"]): row for row in figure_data(ax)}
@@ -182,6 +182,6 @@ def test_the_map_says_where_and_how_much_and_hatches_what_left_the_mask() -> Non
 
 def test_an_edit_that_changed_nothing_can_be_drawn() -> None:
     model = tiny("llama")
-    ax = weight_change(Edit(Delta({})), model_map=describe(model))
+    ax: Any = weight_change(Edit(Delta({})), model_map=describe(model))
     assert "0 of" in ax.get_title()
     assert all(row["relative"] == 0 for row in figure_data(ax))
