@@ -32,13 +32,19 @@ from circuits.patching import patch
 from circuits.places import Places
 from circuits.probes import probe, read_states
 from circuits.wiring import wire
-from locate_edit import PromptSet, organism
+from locate_edit import Edit, PromptSet, Report, edit, edit_figures, evaluate, organism
+from locate_edit.attacked import Attacked
+from locate_edit.attacks.relearning import Relearning
 from locate_edit.contrast import corrupted, logit_difference
 from locate_edit.locate.magnitude import Magnitude
 from locate_edit.locate.privacy_neurons import PrivacyNeurons
 from locate_edit.locate.random_scores import RandomScores
 from locate_edit.locate.saliency import Saliency
 from locate_edit.locate.wanda import Wanda
+from locate_edit.methods.gradient_difference import GradientDifference
+from locate_edit.methods.npo import NPO
+from locate_edit.metrics.likelihood import likelihood
+from locate_edit.metrics.perplexity import perplexity
 from locate_edit.planted import plant_facts
 
 ROOT = Path(__file__).parent
@@ -132,6 +138,26 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Probes by layer, with and without attention",
         "draw.probe_lines(v.probes, model_map=v.model_map)",
     ),
+    "weight_change": (
+        "Where an edit moved the weights",
+        'edit_figures.weight_change(v.edits["NPO"])',
+    ),
+    "slopes": (
+        "Before against after, for two edits",
+        "edit_figures.slope_panels(v.reports)",
+    ),
+    "summary": (
+        "The same as fractions of the original",
+        "edit_figures.summary_bars(v.reports)",
+    ),
+    "relearning": (
+        "What comes back of one half when the edited models are fine-tuned on the other",
+        "edit_figures.relearning(v.relearned, oracle=v.relearned_oracle)",
+    ),
+}
+METHODS: dict[str, Any] = {
+    "gradient difference": GradientDifference(steps=40, lr=2e-3, retain="kl"),
+    "NPO": NPO(steps=40, lr=2e-3, retain="kl"),
 }
 
 
@@ -374,6 +400,58 @@ class Values:
             states = read_states(self.model_map, batches, sites)
         return {**found, "attention off": probe(states, labels)}
 
+    def secrets(self, split: str) -> PromptSet:
+        """Private numbers."""
+        return organism.prompts("secrets", split)
+
+    @cached_property
+    def edits(self) -> dict[str, Edit]:
+        """The numbers of a few people, unlearned in the same neurons by two methods; a model of its own each."""
+        forget, retain = self.secrets("forget10"), self.secrets("retain").select(range(60))
+        made = {}
+        for name, method in METHODS.items():
+            model, _ = organism.load()
+            scores = PrivacyNeurons(steps=10, rule="near_zero")(
+                model, forget.select(range(8)), retain=retain
+            )
+            mask = scores.top(320)
+            made[name] = edit(model, method, mask, forget=forget, retain=retain)
+        return made
+
+    @cached_property
+    def reports(self) -> dict[str, Report]:
+        """What became of them, beside people that no edit saw."""
+        others = {
+            "facts": self.facts,
+            "other secrets": self.secrets("retain").select(range(60, 100)),
+        }
+        oracle = organism.load("oracle")[0]
+        return {
+            name: evaluate(made, [likelihood, perplexity], others=others, oracle=oracle, examples=0)
+            for name, made in self.edits.items()
+        }
+
+    @property
+    def attack(self) -> Relearning:
+        """Fine-tuning on some of the forgotten people's numbers, asking for the others'."""
+        return Relearning(steps=20, lr=2e-4)
+
+    @cached_property
+    def relearned(self) -> dict[str, Attacked]:
+        """The attack on each edited model."""
+        kept = self.secrets("retain").select(range(60, 100))
+        return {
+            name: self.attack(made.model, self.secrets("forget10"), retain=kept)
+            for name, made in self.edits.items()
+            if made.model is not None
+        }
+
+    @cached_property
+    def relearned_oracle(self) -> Attacked:
+        """The attack on a model that never saw them."""
+        kept = self.secrets("retain").select(range(60, 100))
+        return self.attack(organism.load("oracle")[0], self.secrets("forget10"), retain=kept)
+
 
 def main() -> None:
     """Draw and write."""
@@ -404,7 +482,8 @@ def draw_one(line: str, values: Values, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     run: Callable[..., Any] = eval
-    drawn = run(line, {"draw": draw, "Circuit": Circuit, "Unit": Unit, "v": values})
+    names = {"draw": draw, "edit_figures": edit_figures, "Circuit": Circuit, "Unit": Unit}
+    drawn = run(line, {**names, "v": values})
     draw.save_figure(drawn, file, dpi=DPI)
     plt.close("all")
 
@@ -417,7 +496,7 @@ def page() -> str:
         "Every figure takes `ax=` and returns its axes; `draw.figure_data(ax)` gives the numbers behind it,",
         '`draw.save_figure(ax, "figure.pdf")` writes it at 300 dpi. All of these are drawn from the model that comes',
         "with the package by `docs/make_gallery.py`, which makes the values `v`; the code beside each is what drew it,",
-        "after `from circuits import draw`.",
+        "after `from circuits import draw` and `from locate_edit import edit_figures`.",
         "",
     ]
     for name, (title, line) in FIGURES.items():
