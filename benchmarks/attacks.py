@@ -1,7 +1,7 @@
 """Every attack on one edit of the organism: `python -m benchmarks.attacks --save`.
 
-The edit is NPO in the 160 neurons of attribution patching; 24 facts about six people of forget10 are to go. Attacked are
-the edited model, the same edit in random neurons, the original, the oracle, and each attack's positive control.
+The edit is NPO in the 160 neurons of attribution patching; 24 facts about six people of forget10 are to go. Attacked
+are the edited model, the same edit in random neurons, the original, the oracle, and each attack's positive control.
 """
 
 from __future__ import annotations
