@@ -1,5 +1,5 @@
-"""The command line: `locate-edit demo | locate | edit | evaluate | compare | attack | plot | compare-masks | undo |
-info`.
+"""The command line: `locate-edit demo | locate | edit | evaluate | compare | attack | ensemble | plot | compare-masks |
+undo | info`.
 
 Every command is a thin layer over the library: read names and files, call the verb, write the result, say what was
 done.
@@ -58,6 +58,20 @@ app = typer.Typer(
         "for the models that come with the package. Prompts are JSONL files: see locate-edit info --schema."
     ),
 )
+
+
+ensembles = typer.Typer(
+    name="ensemble",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Models trained on disjoint shards: delete rows exactly, let the shards vote, or forget with teachers that "
+        "never saw a text."
+    ),
+    epilog="Example: [bold]locate-edit ensemble train gpt2 --data data.jsonl --out ensemble[/bold]",
+)
+app.add_typer(ensembles)
 
 
 # ---- options that several commands share ---------------------------------------------------------------------------
@@ -145,7 +159,7 @@ def _explained() -> Iterator[None]:
         raise typer.Exit(FAILED) from None
 
 
-def command(example: str) -> Callable[[F], F]:
+def command(example: str, group: typer.Typer = app) -> Callable[[F], F]:
     """Register a command with an example for its help, and explain its failures."""
 
     def register(function: F) -> F:
@@ -154,7 +168,7 @@ def command(example: str) -> Callable[[F], F]:
             with _explained():
                 function(*args, **kwargs)
 
-        app.command(epilog=f"Example: [bold]locate-edit {example}[/bold]")(run)
+        group.command(epilog=f"Example: [bold]locate-edit {example}[/bold]")(run)
         return function
 
     return register
@@ -700,6 +714,225 @@ def attack(
         console.print(escape(line), highlight=False, soft_wrap=True)
     for file in written:
         console.print(f"Written: {file}", soft_wrap=True)
+
+
+Ensemble = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="A saved ensemble.", show_default=False)
+]
+Base = Annotated[
+    str, typer.Argument(metavar="MODEL", help="The base of the ensemble.", show_default=False)
+]
+Data = Annotated[
+    Path,
+    _option(
+        metavar="FILE",
+        help="JSONL file of the rows that the ensemble knows, without deleted ones.",
+        show=False,
+    ),
+]
+
+
+@command("ensemble train gpt2 --data data.jsonl --shards 5 --steps 100 --out ensemble", ensembles)
+def train(
+    model: Model,
+    data: Annotated[Path, _option(metavar="FILE", help="JSONL file of what to learn.", show=False)],
+    out: Annotated[Path, _option(metavar="FOLDER", help="Where to save the ensemble.", show=False)],
+    mask: Annotated[
+        str | None,
+        _option(
+            metavar="FILE|UNITS",
+            help="A mask file, or units such as 'L4.neuron[3 17-20]'; default: all weights.",
+        ),
+    ] = None,
+    shards: Annotated[int, _option(min=1, help="Models, each trained on its own rows.")] = 3,
+    slices: Annotated[
+        int, _option(min=1, help="Checkpoints a shard: more make deletions cheaper.")
+    ] = 2,
+    by: Annotated[
+        Literal["text", "group"], _option(help="group keeps rows of one group in one shard.")
+    ] = "text",
+    steps: Annotated[int | None, _option(min=1, help="Training steps a slice.")] = None,
+    lr: Annotated[float | None, _option(min=0, help="Learning rate.")] = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train one small change of MODEL a shard of the rows, slice by slice, so that rows can be deleted exactly."""
+    from circuits import describe
+    from locate_edit import cli_ensemble
+    from locate_edit.checkpoints import load
+    from locate_edit.ensembles.sisa import Sisa
+
+    method = catalog.build("method", "fine-tune", _settings(None, steps=steps, lr=lr))
+    sisa = Sisa(method, shards, slices, by, seed, {"batch_size": batch_size})
+    cli_ensemble.check_out(out)
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(loaded)
+    rows = _prompts(data, model_map, tokenizer)
+    found = sisa.train(loaded, rows, _mask(mask, model_map))
+    found.save(out)
+    _say(cli_ensemble.about(found, out), as_json)
+
+
+@command("ensemble delete ensemble gpt2 --data data.jsonl --row 17 --left left.jsonl", ensembles)
+def delete(
+    folder: Ensemble,
+    model: Base,
+    data: Data,
+    rows: Annotated[
+        list[str],
+        _option(
+            "--row",
+            metavar="ID|NUMBER",
+            help="What to delete: the id of a row, or its number from 0 if rows have no ids; repeat for more.",
+            show=False,
+        ),
+    ],
+    left: Annotated[
+        Path,
+        _option(
+            metavar="FILE",
+            help="JSONL file to write the remaining rows to: the --data of the ensemble from now on.",
+            show=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        _option(metavar="FOLDER", help="Where the new ensemble goes; default: in place."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Delete rows exactly: train again what they touched, from the checkpoint before them, and nothing else.
+
+    Rows are deleted, not texts: copies of the same text that stay are listed. --data itself is not changed.
+    """
+    from circuits import describe
+    from locate_edit import cli_ensemble
+    from locate_edit.checkpoints import load
+
+    target = folder if out is None else out
+    cli_ensemble.check_left(left, data, target)
+    if out is not None:
+        cli_ensemble.check_out(out)
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    found = cli_ensemble.load(folder, loaded, _prompts(data, describe(loaded), tokenizer))
+    _say(cli_ensemble.delete(found, rows, target, left), as_json)
+
+
+@command(
+    "ensemble predict ensemble gpt2 --data data.jsonl --prompts test.jsonl --choice ' no' --choice ' yes' "
+    "--out votes.json",
+    ensembles,
+)
+def predict(
+    folder: Ensemble,
+    model: Base,
+    data: Data,
+    prompts: Annotated[Path, _option(metavar="FILE", help="JSONL file to answer.", show=False)],
+    out: Annotated[Path, _option(metavar="FILE", help="Votes to write (.json).", show=False)],
+    choices: Annotated[
+        list[str] | None,
+        _option(
+            "--choice",
+            metavar="TEXT",
+            help="An answer to choose from; repeat for more. Default: the likeliest next token.",
+        ),
+    ] = None,
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let the shards vote on the answer to each prompt."""
+    from circuits import describe
+    from locate_edit import cli_ensemble
+    from locate_edit.checkpoints import load
+
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(loaded)
+    found = cli_ensemble.load(folder, loaded, _prompts(data, model_map, tokenizer))
+    asked = _prompts(prompts, model_map, tokenizer)
+    said = cli_ensemble.votes(found, asked, choices or (), batch_size)
+    cli_ensemble.write_json(out, said)
+    unanimous = sum(each["share"] == 1 for each in said["answers"])
+    summary = {"prompts": len(asked), "voters": len(said["shards"]), "unanimous": unanimous}
+    _say({**(said if as_json else summary), "written": [str(out)]}, as_json)
+
+
+@command(
+    "ensemble forget ensemble gpt2 --data data.jsonl --forget forget.jsonl --student gpt2-tuned --steps 50 --lr 1e-4 "
+    "--out my-edit",
+    ensembles,
+)
+def forget(
+    folder: Ensemble,
+    model: Base,
+    data: Data,
+    forget: Annotated[
+        Path,
+        _option(
+            metavar="FILE", help="JSONL file of what to forget, as it stood in --data.", show=False
+        ),
+    ],
+    out: Annotated[Path, _option(metavar="FOLDER", help="Where to save the edit.", show=False)],
+    student: Annotated[
+        str | None,
+        _option(
+            metavar="MODEL",
+            help="The model that is to forget, trained on all rows; default: MODEL.",
+        ),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        _option(
+            metavar="FILE|UNITS", help="Where the edit may act; default: where the ensemble does."
+        ),
+    ] = None,
+    retain: Retain = None,
+    steps: Annotated[int, _option(min=1, help="Training steps.")] = 100,
+    lr: Annotated[float, _option(min=0, help="Learning rate.")] = 1e-5,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Teach a model what the shards that never saw a text would say about it, and save the edit of it.
+
+    The shard that saw the text keeps it: delete it there with locate-edit ensemble delete.
+    """
+    from circuits import describe
+    from circuits.atomic import check_folder
+    from locate_edit import cli_ensemble, editing
+    from locate_edit.checkpoints import load
+    from locate_edit.ensembles.leave_one_out import LeaveOneOut, soft_labels
+
+    check_folder(out, like="edit.json")
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(loaded)
+    found = cli_ensemble.load(folder, loaded, _prompts(data, model_map, tokenizer))
+    texts = _prompts(forget, model_map, tokenizer)
+    target = loaded if student is None else load(student, dtype=dtype, device=device)[0]
+    cli_ensemble.same_vocabulary(loaded, target)
+    labels = soft_labels(found, texts, batch_size=batch_size)
+    done = editing.edit(
+        target,
+        LeaveOneOut(labels, steps=steps, lr=lr),
+        found.mask if mask is None else _mask(mask, describe(target)),
+        forget=texts,
+        retain=None if retain is None else _prompts(retain, model_map, tokenizer),
+        batch_size=batch_size,
+        seed=seed,
+        progress=_progress(as_json),
+    )
+    done.save(out)
+    teachers = [list(shards) for shards in labels.teachers]
+    about = {"edit": str(out), "of": student or model, "teachers of each prompt": teachers}
+    _say({**about, **_about_edit(out)}, as_json)
 
 
 @command("plot mask.safetensors --out mask.png")

@@ -26,12 +26,15 @@ def write(
     """Write ``files`` (tensors by name, by file name) and ``index`` with ``about`` and their checksums.
 
     Args:
-        folder: where; an earlier result of the same kind is replaced.
+        folder: where; an earlier result of the same kind is replaced, and its files that are not needed any more
+            are left without content.
         index: name of the JSON file.
         kind: what it holds, with a version, such as "soft-labels/1".
         about: everything else to keep, as JSON knows it.
         files: the tensors; a name ends in ".safetensors".
     """
+    stale = {name: {} for name in _named(Path(folder) / index) if name not in files}
+    files = {**files, **stale}
     with atomic_folder(folder, like=index) as place:
         for name, tensors in files.items():
             save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, place / name)  # fmt: skip
@@ -82,6 +85,14 @@ def read(
         except SafetensorError as problem:
             raise EditError(f"{file} cannot be read: {problem}") from problem
     return about, files
+
+
+def _named(index: Path) -> list[str]:
+    """The files that an earlier result lists, or none where there is no such result."""
+    try:
+        return list(json.loads(index.read_text(encoding="utf-8"))["files"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return []
 
 
 def _sha256(data: bytes) -> str:
