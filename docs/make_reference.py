@@ -1,14 +1,16 @@
-"""Write docs/methods.md and docs/localizers.md from the docstrings: `python docs/make_reference.py`.
+"""Write docs/methods.md, docs/localizers.md and docs/ensembles.md from the docstrings: `python docs/make_reference.py`.
 
 A test fails when they differ from what the code says.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from locate_edit import catalog
 
@@ -27,6 +29,11 @@ PAGES: dict[str, tuple[catalog.Kind, str, str]] = {
         "`locate-edit locate --method NAME --set option=value`.",
     ),
 }
+ENSEMBLES = "ensembles.md"
+MODULES = tuple(
+    f"locate_edit.{name}"
+    for name in ("ensembles.shards", "ensembles.sisa", "ensembles.leave_one_out", "ensembles.fair_votes", "fusion")
+)  # fmt: skip
 _ATTRIBUTE = re.compile(r"^ {4}(\w+(?:, \w+)*): ")
 
 
@@ -40,6 +47,69 @@ def page(name: str) -> str:
     )
     parts += [section(entry) for entry in entries]
     return "\n\n".join(parts) + "\n"
+
+
+def ensembles() -> str:
+    """The page of ensembles as Markdown: a section for each module, with its public classes and functions."""
+    parts = [
+        "# Ensembles and fused edits",
+        "Several models over one base, as small changes of it: delete training rows exactly, let the models vote, "
+        "forget with teachers that never saw a text, and merge the adapters of several requests. On the command line: "
+        "`locate-edit ensemble train | delete | predict | forget`.",
+        "Made from the docstrings by `docs/make_reference.py`.",
+        "\n".join(
+            f"- `{name}`: " + ", ".join(f"`{t.__name__}`" for t in public(name)) for name in MODULES
+        ),
+    ]
+    for name in MODULES:
+        parts += [f"## {name}", indented(inspect.getdoc(importlib.import_module(name)) or "")]
+        for target in public(name):
+            parts += described(target, "###")
+            if inspect.isclass(target):
+                for key, member in vars(target).items():
+                    function = getattr(member, "__func__", member)
+                    if inspect.isfunction(function) and (key == "__call__" or key[0] != "_"):
+                        parts += described(function, "####")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def public(module: str) -> list[Any]:
+    """The public classes and functions that a module defines, in its order."""
+    found = vars(importlib.import_module(module)).items()
+    return [
+        each
+        for name, each in found
+        if name[0] != "_"
+        and (inspect.isclass(each) or inspect.isfunction(each))
+        and each.__module__ == module
+    ]
+
+
+def described(target: Any, heading: str) -> list[str]:
+    """Name, signature and docstring of a class or function, as parts of a page."""
+    made = inspect.isclass(target) and "__dataclass_fields__" not in vars(target)
+    names = list(inspect.signature(target).parameters)
+    name = target.__qualname__
+    shown = "" if made else "(" + ", ".join(n for n in names if n != "self") + ")"
+    return [f"{heading} {name}", f"`{name}{shown}`", indented(inspect.getdoc(target) or "")]
+
+
+def indented(docstring: str) -> str:
+    """A Google docstring as Markdown: its sections as lists, its examples as they stand."""
+    lines: list[str] = []
+    within = False
+    for line in docstring.splitlines():
+        if line in ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:"):
+            within = True
+            lines += [f"**{line[:-1]}**", ""]
+        elif within and line.startswith("        "):
+            lines[-1] += f" {line.strip()}"
+        elif within and line.startswith("    "):
+            lines.append(f"- {line.strip()}")
+        else:
+            within = within and not line
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def section(entry: catalog.Entry) -> str:
@@ -80,3 +150,4 @@ def split(docstring: str) -> tuple[str, dict[str, str]]:
 if __name__ == "__main__":
     for file in PAGES:
         (ROOT / file).write_text(page(file), encoding="utf-8")
+    (ROOT / ENSEMBLES).write_text(ensembles(), encoding="utf-8")

@@ -164,7 +164,7 @@ def votes(
     else:
         ballots = ensemble.next_tokens(prompts, batch_size=batch_size)
         tokens = {int(token) for token in ballots.flatten()}
-        names = {token: prompts.tokenizer.decode([token]) for token in tokens}
+        names = {token: str(prompts.tokenizer.decode([token])) for token in tokens}
     winners = ensemble.vote(ballots).tolist()
     found = [
         {

@@ -33,7 +33,9 @@ def write(
         about: everything else to keep, as JSON knows it.
         files: the tensors; a name ends in ".safetensors".
     """
-    stale = {name: {} for name in _named(Path(folder) / index) if name not in files}
+    stale: dict[str, dict[str, Tensor]] = {
+        name: {} for name in _named(Path(folder) / index) if name not in files
+    }
     files = {**files, **stale}
     with atomic_folder(folder, like=index) as place:
         for name, tensors in files.items():

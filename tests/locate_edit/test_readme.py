@@ -35,6 +35,17 @@ def test_the_reference_is_what_the_docstrings_say(name: str) -> None:
             assert row, f"{entry.attribute}.{option} is not explained"
 
 
+def test_the_page_of_ensembles_is_what_the_docstrings_say() -> None:
+    written = (ROOT / "docs" / make_reference.ENSEMBLES).read_text(encoding="utf-8")
+    assert make_reference.ensembles() == written, "run: python docs/make_reference.py"
+    modules = {
+        f"locate_edit.ensembles.{p.stem}" for p in (ROOT / "locate_edit/ensembles").glob("[!_]*.py")
+    }
+    assert modules | {"locate_edit.fusion"} == set(make_reference.MODULES)
+    for name in ("Sisa", "ShardedEnsemble.delete", "LeaveOneOut", "joint", "fuse"):
+        assert len(re.findall(rf"^#+ {name}\n\n`{name}", written, re.M)) == 1
+
+
 def test_a_stale_table_is_noticed() -> None:
     stale = TEXT.replace("`npo`", "`old-name`")
     assert stale != TEXT
@@ -74,7 +85,10 @@ def test_the_commands_of_the_command_line_exist() -> None:
     for name, arguments in re.findall(
         r"^(?:\.venv/bin/)?locate-edit ([\w-]+)((?:[^\n\\]|\\\n)*)", "\n".join(blocks("bash")), re.M
     ):
-        known = {option for parameter in group.commands[name].params for option in parameter.opts}
+        found = group.commands[name]
+        if subcommands := getattr(found, "commands", None):
+            found = subcommands[arguments.split()[0]]
+        known = {option for parameter in found.params for option in parameter.opts}
         assert set(re.findall(r"--[\w-]+", arguments)) <= known
 
 
