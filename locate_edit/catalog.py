@@ -15,10 +15,11 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -297,6 +298,8 @@ def _parse(hint: Any, text: str) -> Any:
             raise ValueError(text)
         hints = inner if len(inner) == len(parts) else inner[:1] * len(parts)
         return tuple(_parse(part_hint, part) for part_hint, part in zip(hints, parts, strict=True))
+    if origin is Mapping:
+        return _as_mapping(text)
     if hint is type(None):
         if text.lower() != "none":
             raise ValueError(text)
@@ -313,6 +316,17 @@ def _parse(hint: Any, text: str) -> Any:
     if hint in (str, Any):
         return text
     raise ValueError(text)
+
+
+def _as_mapping(text: str) -> dict[str, str | tuple[str, ...]]:
+    """A JSON object of texts, or of lists of texts."""
+    found = json.loads(text)  # its error is a ValueError
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    for value in found.values():
+        if not all(isinstance(v, str) for v in (value if isinstance(value, list) else [value])):
+            raise ValueError(text)
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in found.items()}
 
 
 def _by_strictness(hints: Sequence[Any]) -> list[Any]:
@@ -335,4 +349,6 @@ def _show(hint: Any) -> str:
         return " | ".join(repr(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " | ".join(_show(argument) for argument in typing.get_args(hint))
+    if typing.get_origin(hint) is Mapping:
+        return 'a JSON object such as {"a": "b", "c": ["d", "e"]}'
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -864,6 +864,58 @@ def predict(
 
 
 @command(
+    "ensemble fair ensemble gpt2 --data data.jsonl --fit dev.jsonl --test test.jsonl --choice ' no' --choice ' yes' "
+    "--out fair.json",
+    ensembles,
+)
+def fair(
+    folder: Ensemble,
+    model: Base,
+    data: Data,
+    fit: Annotated[
+        Path, _option(metavar="FILE", help="JSONL file to fit the rules on.", show=False)
+    ],
+    test: Annotated[Path, _option(metavar="FILE", help="JSONL file to measure on.", show=False)],
+    choices: Annotated[
+        list[str],
+        _option(
+            "--choice",
+            metavar="TEXT",
+            help="One of the two answers; give it twice, the one that counts as 1 last.",
+            show=False,
+        ),
+    ],
+    out: Annotated[
+        Path, _option(metavar="FILE", help="Rules' answers to write (.json).", show=False)
+    ],
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Give the votes equal odds in every group of people, without training: on each shard, on the vote, and jointly.
+
+    A row's target is the right answer and its group the sensitive group. Rules are fitted on --fit and measured on
+    --test, where sampling error reopens part of the gap.
+    """
+    from circuits import describe
+    from locate_edit import cli_ensemble
+    from locate_edit.checkpoints import load
+
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(loaded)
+    found = cli_ensemble.load(folder, loaded, _prompts(data, model_map, tokenizer))
+    sets = [_prompts(file, model_map, tokenizer) for file in (fit, test)]
+    said = cli_ensemble.fairness_of(found, sets[0], sets[1], choices, batch_size)
+    cli_ensemble.write_json(out, said)
+    summary = {
+        f"{name}: accuracy, equalised-odds gap": f"{each['accuracy']:.3f}, {each['gap']:.3f}"
+        for name, each in said["placements"].items()
+    }
+    _say({**(said if as_json else summary), "written": [str(out)]}, as_json)
+
+
+@command(
     "ensemble forget ensemble gpt2 --data data.jsonl --forget forget.jsonl --student gpt2-tuned --steps 50 --lr 1e-4 "
     "--out my-edit",
     ensembles,

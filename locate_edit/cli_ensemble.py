@@ -1,10 +1,10 @@
-"""What `locate-edit ensemble` does: read settings and rows, train, delete, vote, forget, and say what was done."""
+"""What `locate-edit ensemble` does: read settings and rows, train, delete, vote, equalise, forget, and say so."""
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,14 @@ from torch import nn
 
 from circuits.atomic import atomic_file, check_folder
 from locate_edit.ensembles._files import read
+from locate_edit.ensembles.fair_votes import (
+    PerShardRule,
+    VoteRule,
+    after_vote,
+    fairness,
+    joint,
+    per_shard,
+)
 from locate_edit.ensembles.shards import text_of
 from locate_edit.ensembles.sisa import FORMAT, INDEX, ShardedEnsemble, Sisa
 from locate_edit.errors import EditError
@@ -176,6 +184,65 @@ def votes(
         for row, winner, cast in zip(prompts, winners, ballots.T.tolist(), strict=True)
     ]
     return {"shards": ensemble.voters, "answers": found}
+
+
+def fairness_of(
+    ensemble: ShardedEnsemble,
+    fit: PromptSet,
+    test: PromptSet,
+    choices: Sequence[str],
+    batch_size: int,
+) -> dict[str, Any]:
+    """Accuracy and equalised-odds gap of the vote and of the three post-processings, fitted on one set, on another.
+
+    Args:
+        ensemble: the voters.
+        fit: prompts to fit the rules on. A row's target is the right answer, its `group` the sensitive group.
+        test: prompts to measure on, and to give each answer's probability for.
+        choices: the two answers; the second counts as 1.
+        batch_size: prompts a forward pass.
+
+    Raises:
+        EditError: not two choices, a target that is neither, a row without a group, or a group that cannot be fitted.
+    """
+    if len(choices) != 2 or choices[0] == choices[1]:
+        raise EditError(f"--choice is needed twice, for answers 0 and 1; got {list(choices)}")
+    labels, groups = zip(*(_judged(prompts, choices) for prompts in (fit, test)), strict=True)
+    known, asked = (
+        ensemble.answers(prompts, choices, batch_size=batch_size).numpy() for prompts in (fit, test)
+    )
+    rules: dict[str, Callable[..., PerShardRule | VoteRule]] = {
+        "per shard": per_shard,
+        "after the vote": after_vote,
+        "joint": joint,
+    }
+    chances = {name: rule(known, labels[0], groups[0])(asked, groups[1]) for name, rule in rules.items()}  # fmt: skip
+    chances = {"vote": (2 * asked.sum(0) > len(asked)).astype(float), **chances}
+    measured = {name: fairness(chance, labels[1], groups[1]) for name, chance in chances.items()}
+    return {
+        "shards": ensemble.voters,
+        "fitted on": len(fit),
+        "measured on": len(test),
+        "placements": {
+            name: {"accuracy": f.accuracy, "gap": f.gap, "tpr_gap": f.tpr_gap, "fpr_gap": f.fpr_gap}
+            for name, f in measured.items()
+        },
+        f"probability of {choices[1]!r}": {
+            name: [float(each) for each in chance] for name, chance in chances.items()
+        },
+    }
+
+
+def _judged(prompts: PromptSet, choices: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Label and sensitive group of each row."""
+    for index, row in enumerate(prompts):
+        if row.get("target") not in choices:
+            raise EditError(
+                f"{prompts.name}, row {index}: expected one of {list(choices)} as the target, got {row.get('target')!r}"
+            )
+        if "group" not in row:
+            raise EditError(f"{prompts.name}, row {index}: no 'group', whose odds are to be equal")
+    return [choices.index(row["target"]) for row in prompts], [row["group"] for row in prompts]
 
 
 def write_json(file: Path, value: object) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ class Sample:
     exact: bool = True
     layers: tuple[int, ...] = ()
     span: tuple[int, float] = (1, 2.0)
+    words: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
     inner: Inner = Inner()
 
     def __call__(self) -> int:
@@ -149,6 +151,10 @@ def test_command_names(name: str, expected: str) -> None:
         ({"steps": "1", "layers": "3, 4,5"}, Sample(1, layers=(3, 4, 5))),
         ({"steps": "1", "span": "2,0.5"}, Sample(1, span=(2, 0.5))),
         (
+            {"steps": "1", "words": '{"Ann": "Bo", "Cy": ["Di", "Ed"]}'},
+            Sample(1, words={"Ann": "Bo", "Cy": ("Di", "Ed")}),
+        ),
+        (
             {"steps": "1", "inner.clip": "0.5", "inner.warmup": "3"},
             Sample(1, inner=Inner(clip=0.5, warmup=3)),
         ),
@@ -171,6 +177,9 @@ def test_text_is_read_by_type(settings: dict[str, str], expected: Sample) -> Non
         ({"steps": "1", "keep": "some"}, r"expected int \| None, got 'some'"),
         ({"steps": "1", "exact": "maybe"}, "expected bool, got 'maybe'"),
         ({"steps": "1", "span": "1,2,3"}, "got '1,2,3'"),
+        ({"steps": "1", "words": "Ann=Bo"}, r"Sample\.words: expected a JSON object"),
+        ({"steps": "1", "words": '{"Ann": 1}'}, r"Sample\.words: expected a JSON object"),
+        ({"steps": "1", "words": '["Ann"]'}, r"Sample\.words: expected a JSON object"),
         (
             {"step": "1"},
             r"has no hyperparameter 'step'\. Did you mean 'steps'\? It has: steps: int, rate: float = 0\.5",

@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 from locate_edit import Edit
 from locate_edit.checkpoints import load
 from locate_edit.cli import app
-from locate_edit.cli_ensemble import settings
+from locate_edit.cli_ensemble import fairness_of, settings
+from locate_edit.ensembles.fair_votes import joint
 from locate_edit.ensembles.leave_one_out import LeaveOneOut, soft_labels
 from locate_edit.ensembles.sisa import ShardedEnsemble, Sisa
 from locate_edit.methods.fine_tune import FineTune
@@ -157,6 +158,75 @@ def test_votes_are_those_of_the_library(place: Path, tmp_path: Path) -> None:
     decode = ensemble.data.tokenizer.decode
     assert [each["votes"] for each in tokens] == [[decode([t]) for t in item] for item in wanted]
     assert all(each["votes"].count(each["answer"]) == 3 * each["share"] for each in tokens)
+
+
+class Planted:
+    """An ensemble whose three voters have made up their minds: one row of votes a prompt set, by its name."""
+
+    voters = (0, 1, 2)
+
+    def __init__(self, votes: dict[str, torch.Tensor]) -> None:
+        self.votes = votes
+
+    def answers(self, prompts: PromptSet, choices: Sequence[str], batch_size: int) -> torch.Tensor:
+        return self.votes[prompts.name]
+
+
+def judged(n: int, seed: int) -> tuple[list[dict[str, str]], torch.Tensor]:
+    """Rows with answers and groups, and votes for 1 that are more often wrong about one group."""
+    draw = torch.Generator().manual_seed(seed)
+    label, group = (torch.rand(n, generator=draw) < 0.5 for _ in range(2))
+    wrong = torch.rand(3, n, generator=draw) < torch.where(group, 0.4, 0.1)
+    rows = [
+        {"prompt": f"Is it {i}?", "target": " yes" if y else " no", "group": "b" if g else "a"}
+        for i, (y, g) in enumerate(zip(label.tolist(), group.tolist(), strict=True))
+    ]
+    return rows, (label ^ wrong).long()
+
+
+def test_fairness_is_that_of_the_library_and_joint_closes_the_gap() -> None:
+    parts = {name: judged(600, seed) for seed, name in enumerate(("fit", "test"))}
+    ensemble: Any = Planted({name: votes for name, (_, votes) in parts.items()})
+    sets = [PromptSet(rows, byte_tokenizer(), name=name) for name, (rows, _) in parts.items()]
+    found = fairness_of(ensemble, sets[0], sets[1], (" no", " yes"), 8)
+    labels, groups = (
+        [[row[key] for row in rows] for rows, _ in parts.values()] for key in ("target", "group")
+    )
+    truth = [[text == " yes" for text in texts] for texts in labels]
+    rule = joint(parts["fit"][1].numpy(), truth[0], groups[0])
+    wanted = rule(parts["test"][1].numpy(), groups[1])
+    assert found["probability of ' yes'"]["joint"] == wanted.tolist()
+    majority = parts["test"][1].sum(0) >= 2
+    assert found["probability of ' yes'"]["vote"] == majority.double().tolist()
+    right = (majority == torch.tensor(truth[1])).double().mean()
+    assert found["placements"]["vote"]["accuracy"] == pytest.approx(float(right))
+    gaps = {name: each["gap"] for name, each in found["placements"].items()}
+    assert gaps["vote"] > 0.2, "the votes must be unfair first"
+    assert gaps["joint"] < gaps["vote"] - 0.1
+
+
+def test_fair_on_the_command_line(place: Path, tmp_path: Path) -> None:
+    rows = judged(24, 3)[0]
+    files_ = {n: write_rows(tmp_path / f"{n}.jsonl", rows[i::2]) for i, n in enumerate(("fit", "test"))}  # fmt: skip
+    common = ("fair", place / "ensemble", place / "gpt2", "--data", place / "data.jsonl")
+    sets = ("--fit", files_["fit"], "--test", files_["test"])
+    choices, out = ("--choice", " no", "--choice", " yes"), tmp_path / "fair.json"
+    about = said(*common, *sets, *choices, "--out", out)
+    assert set(about["placements"]) == {"vote", "per shard", "after the vote", "joint"}
+    assert json.loads(out.read_text())["placements"] == about["placements"]
+    bare = write_rows(tmp_path / "bare.jsonl", [{k: v for k, v in rows[0].items() if k != "group"}])
+    other = write_rows(tmp_path / "other.jsonl", [{**rows[0], "target": " maybe"}])
+    for arguments, message in (
+        ((*sets, *choices[:2]), "--choice is needed twice"),
+        ((*sets[:3], bare, *choices), "no 'group'"),
+        (
+            (*sets[:3], other, *choices),
+            "expected one of [' no', ' yes'] as the target, got ' maybe'",
+        ),
+    ):
+        said_wrong = invoke(*common, *arguments, "--out", tmp_path / "no.json", code=1).stderr
+        assert message in said_wrong
+    assert not (tmp_path / "no.json").exists()
 
 
 def test_forgetting_is_leave_one_out_on_the_student(place: Path, tmp_path: Path) -> None:
