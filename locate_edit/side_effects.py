@@ -23,8 +23,9 @@ def side_effects(
 ) -> tuple[SideEffect, ...]:
     """The ``top`` prompts outside the forget set whose likelihood fell most from before to after, largest fall first.
 
-    A prompt that the forget set asks too, in the same words, is no side effect; one that asks the same in other words
-    counts, since only whoever made the sets can tell. Ties keep the order of the sets.
+    A prompt that the forget set asks too is no side effect: one of the same words, or of the same `group` and `target`
+    in other words. Rows without a group count, since only whoever made the sets can tell. Ties keep the order of the
+    sets.
 
     Args:
         likelihoods: by state ("before", "after", "random", "oracle") and set, the likelihood of every item.
@@ -34,7 +35,8 @@ def side_effects(
     """
     if not {"before", "after"} <= likelihoods.keys():
         return ()
-    asked = _texts(sets[forget]) if forget in sets else set()
+    gone = sets.get(forget)
+    asked = set().union(*(_asks(gone, item) for item in range(len(gone)))) if gone else set()
     found: list[SideEffect] = []
     for name, prompts in sets.items():
         if name == forget:
@@ -46,7 +48,7 @@ def side_effects(
         }
         for item, before in by_item.get("before", {}).items():
             after = by_item.get("after", {}).get(item)
-            if after is None or not after < before or _text(prompts, item) in asked:
+            if after is None or not after < before or _asks(prompts, item) & asked:
                 continue
             numbers = {c: by_item[c][item] for c in COLUMNS if item in by_item.get(c, {})}
             # The words of most of them are never shown, so they are looked up afterwards.
@@ -65,10 +67,10 @@ def shown_text(prompts: PromptSet, item: int) -> tuple[str, str]:
     return str(before), str(decode(prompts.target_ids(item)[:SHOWN_TOKENS]))
 
 
-def _text(prompts: PromptSet, item: int) -> tuple[int, ...]:
-    """What tells whether two sets ask the same: all tokens of an item."""
-    return tuple(prompts.ids(item))
-
-
-def _texts(prompts: PromptSet) -> set[tuple[int, ...]]:
-    return {_text(prompts, item) for item in range(len(prompts))}
+def _asks(prompts: PromptSet, item: int) -> set[tuple[object, ...]]:
+    """What tells whether two items ask the same: all their tokens, or a group and its answer."""
+    row = prompts[item]
+    found: set[tuple[object, ...]] = {tuple(prompts.ids(item))}
+    if row.get("group") and row.get("target"):
+        found.add((row["group"], row["target"]))
+    return found

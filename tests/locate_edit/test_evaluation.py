@@ -27,6 +27,7 @@ from locate_edit.metrics.likelihood import likelihood, nll
 from locate_edit.metrics.perplexity import perplexity
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
+from locate_edit.side_effects import side_effects
 from tests.locate_edit.metrics.bigram import Bigram, token_id
 from tests.tiny import byte_tokenizer, tiny, word_tokenizer
 
@@ -295,6 +296,25 @@ def test_side_effects_are_ranked_by_how_far_their_likelihood_fell() -> None:
         assert effect.likelihood == pytest.approx(numbers, rel=1e-5)
     assert effects[0].fall == pytest.approx(0.3, rel=1e-5)
     assert report.n_elsewhere == 6
+
+
+def test_the_same_question_in_other_words_is_no_side_effect() -> None:
+    def values(*numbers: float) -> Values:
+        return Values.make("likelihood", list(numbers), unit="probability", direction="up")
+
+    forget = PromptSet([{"prompt": "a", "target": " b", "group": "ann"}], TOKENIZER)
+    rows = [
+        {"prompt": "c", "target": " b", "group": "ann"},  # the same answer about the same person
+        {"prompt": "c", "target": " b", "group": "bo"},
+        {"prompt": "c", "target": " a", "group": "ann"},
+        {"prompt": "c", "target": " b"},
+    ]
+    sets = {"forget": forget, "more": PromptSet(rows, TOKENIZER)}
+    likelihoods = {
+        "before": {"more": values(0.9, 0.9, 0.9, 0.9)},
+        "after": {"more": values(0.1, 0.2, 0.3, 0.4)},
+    }
+    assert [effect.item for effect in side_effects(likelihoods, sets)] == [1, 2, 3]
 
 
 def test_ten_side_effects_at_most_and_none_without_an_edit() -> None:
