@@ -85,7 +85,7 @@ def metric_panel(report: Report, metric: str, ax: Axes | None = None) -> Axes:
     arrow = "larger" if lines and lines[0].direction == "up" else "smaller"
     axes.set_title(f"{metric.replace('_', ' ')} ({arrow}: better known)", fontsize=10, loc="left")
     axes.set_ylabel(unit, fontsize=9)
-    names = [f"{textwrap.fill(line.prompts, 14)}\nn = {_items(line)}" for line in lines]
+    names = [f"{textwrap.fill(line.prompts, 11)}\nn = {_items(line)}" for line in lines]
     axes.set_xticks(range(len(lines)), names, fontsize=8)
     if metric == "perplexity" and _spread(lines) > 20:
         axes.set_yscale("log")
