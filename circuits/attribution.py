@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from circuits.errors import LocateEditError, SiteError
-from circuits.forward import output_projection
+from circuits.forward import cache_name, output_projection
 from circuits.model_map import ModelMap
 from circuits.sites import Site
 from circuits.still import frozen
@@ -298,7 +298,7 @@ class _Text:
         # window (the mask hides them then), so it can be cut at any position.
         cache = DynamicCache() if model_map.causal else None
         if cache is not None:
-            inputs |= {"past_key_values": cache, "use_cache": True}
+            inputs |= {cache_name(model): cache, "use_cache": True}
         with _only_positions(model, list(pos)):
             logits = model(**inputs).logits
         chosen = _probabilities(logits[0])[torch.arange(len(pos)), list(label)]
@@ -374,7 +374,8 @@ class _RowPass:
         if self.is_cached:
             self.cache = self.text.cache(self.prefix)
             ids = self.text.ids[:, self.pos : self.pos + 1]
-            return {"input_ids": ids, "past_key_values": self.cache, "use_cache": True}
+            kept_as = cache_name(self.model_map.model)
+            return {"input_ids": ids, kept_as: self.cache, "use_cache": True}
         self.n_rows = self.extra + 1 if self.plan == "full" else 1
         if not self.model_map.causal:
             return {"input_ids": self.text.ids.expand(self.n_rows, -1)}

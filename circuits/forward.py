@@ -9,6 +9,7 @@ every family without re-implementing a head.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -126,3 +127,11 @@ def model_inputs(model: nn.Module, batch: Labelled) -> dict[str, Any]:
     ):  # encoders have no such setting
         inputs["use_cache"] = False
     return inputs
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a causal model's forward pass, and what it returns, call the key-value cache.
+
+    `cache` from transformers 5.24 on, where the older name warns; `past_key_values` before.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

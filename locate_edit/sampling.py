@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from circuits.forward import cache_name
 from locate_edit.errors import PromptError
 from locate_edit.metrics.running import evaluating
 from locate_edit.prompts import PromptSet
@@ -161,7 +162,7 @@ def decode(
         ids[index, width - len(start) :] = torch.tensor(start, dtype=torch.long)
         mask[index, width - len(start) :] = 1
     ids, mask = ids.to(device), mask.to(device)
-    takes = inspect.signature(model.forward).parameters
+    takes, kept_as = inspect.signature(model.forward).parameters, cache_name(model)
     stop = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     budget = torch.tensor(list(lengths), dtype=torch.long, device=device)
     done = budget <= 0
@@ -175,9 +176,9 @@ def decode(
         if "logits_to_keep" in takes:
             inputs["logits_to_keep"] = 1
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[kept_as] = cache
         output = model(**inputs)
-        cache = output.past_key_values
+        cache = getattr(output, kept_as)
         ids = choose(output.logits[:, -1].float(), len(added))[:, None]
         added.append(ids[:, 0])
         mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from circuits import Site, SiteError, describe
+from circuits.forward import cache_name
 from circuits.hooks import capture, replace
 from tests.tiny import CONFIGS, tiny, token_ids
 
@@ -205,10 +206,21 @@ def test_one_token_at_a_time_with_a_cache(shared: Shared) -> None:
     with torch.no_grad():
         with capture(model_map, [N1]) as whole:
             model(IDS)
-        past = model(IDS[:, :-1], use_cache=True).past_key_values
+        kept_as = cache_name(model)
+        past = getattr(model(IDS[:, :-1], use_cache=True), kept_as)
         with capture(model_map, [N1]) as last:
-            model(IDS[:, -1:], past_key_values=past)
+            model(IDS[:, -1:], **{kept_as: past})
     torch.testing.assert_close(last[N1], whole[N1][:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_is_called_as_the_model_calls_it() -> None:
+    class Older(nn.Module):
+        def forward(self, input_ids: torch.Tensor, past_key_values: object = None) -> None: ...
+
+    class Newer(nn.Module):
+        def forward(self, input_ids: torch.Tensor, cache: object = None) -> None: ...
+
+    assert [cache_name(model) for model in (Older(), Newer())] == ["past_key_values", "cache"]
 
 
 # ---- mistakes
