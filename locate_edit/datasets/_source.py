@@ -1,7 +1,8 @@
-"""Records of a data set, from a folder of JSON files or from the hub."""
+"""Records of a data set, from a folder of JSON or CSV files or from the hub."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from locate_edit.errors import PromptError
 
 Record = dict[str, Any]
 
-SUFFIXES = (".jsonl", ".json")
+SUFFIXES = (".jsonl", ".json", ".csv")
 
 
 def records(
@@ -25,32 +26,63 @@ def records(
         split: the hub's split.
 
     Raises:
-        PromptError: no such folder, file or hub name, a file that is not JSON lines or a JSON list of objects, or
-            `datasets` is needed and not installed.
+        PromptError: no such folder, file or hub name, a file that is neither JSON lines, a JSON list of objects nor
+            CSV with a header, or `datasets` is needed and not installed.
     """
     place = Path(source)
     if place.is_file():
-        return read_json(place)
+        return read_records(place)
     if place.is_dir():
         for name in names:
             for suffix in SUFFIXES:
                 if (place / f"{name}{suffix}").is_file():
-                    return read_json(place / f"{name}{suffix}")
+                    return read_records(place / f"{name}{suffix}")
         there = sorted(p.name for p in place.iterdir() if p.suffix in SUFFIXES)
         raise PromptError(
-            f"{place}: expected a file called {' or '.join(f'{n}.jsonl' for n in names)} (or .json), "
-            f"found {', '.join(there) or 'no JSON files'}."
+            f"{place}: expected a file called {' or '.join(f'{n}.jsonl' for n in names)} (or .json, .csv), "
+            f"found {', '.join(there) or 'no such files'}."
         )
     if str(source).count("/") != 1 or place.is_absolute():
         raise PromptError(
-            f"{source}: no such folder or file. Give a folder, a JSON file, or a name on the hub such as "
+            f"{source}: no such folder or file. Give a folder, a JSON or CSV file, or a name on the hub such as "
             "'locuslab/TOFU'."
         )
     return _from_hub(str(source), hub or names[0], split)
 
 
+def read_records(path: Path) -> list[Record]:
+    """The records of a file, which its suffix says how to read.
+
+    Raises:
+        PromptError: as `read_json` and `read_csv`.
+    """
+    return read_csv(path) if path.suffix == ".csv" else read_json(path)
+
+
+def read_csv(path: Path) -> list[Record]:
+    """The lines of a CSV file under its header, every value a text.
+
+    Raises:
+        PromptError: not UTF-8, not CSV, or no line below the header.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            found: list[Record] = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise PromptError(f"{path}: cannot be read as UTF-8 text with commas ({error}).") from error
+    for number, record in enumerate(found, start=1):
+        if None in record or None in record.values():
+            raise PromptError(
+                f"{path}, record {number}: expected as many values as the header has names. Put a text that holds "
+                "commas in quotes."
+            )
+    if not found:
+        raise PromptError(f"{path}: the file holds no records.")
+    return found
+
+
 def read_json(path: Path) -> list[Record]:
-    """The objects of a file of JSON lines, or of one JSON list.
+    """The objects of a file of JSON lines, or of one JSON list; one object over several lines is a single record.
 
     Raises:
         PromptError: not UTF-8, not JSON, or not objects; names file and line.
@@ -59,22 +91,15 @@ def read_json(path: Path) -> list[Record]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-    if text.lstrip().startswith("["):
-        try:
-            found = list(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("["):
             raise PromptError(f"{path}:{error.lineno}: not valid JSON ({error.msg}).") from error
-        unit = "entry"
+        found, unit = _json_lines(path, text), "line"
     else:
-        found, unit = [], "line"
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    found.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise PromptError(
-                        f"{path}, line {number}: not valid JSON ({error.msg}). Write one object a line, or one list."
-                    ) from error
+        many = whole if isinstance(whole, list) else [whole]
+        found, unit = list(enumerate(many, start=1)), "entry"
     for number, record in found:
         if not isinstance(record, dict):
             raise PromptError(
@@ -83,6 +108,20 @@ def read_json(path: Path) -> list[Record]:
     if not found:
         raise PromptError(f"{path}: the file holds no records.")
     return [record for _, record in found]
+
+
+def _json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
+    """The value of each line that is not blank, with its number."""
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                found.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise PromptError(
+                    f"{path}, line {number}: not valid JSON ({error.msg}). Write one object a line, or one list."
+                ) from error
+    return found
 
 
 def read_object(path: Path) -> Record:
