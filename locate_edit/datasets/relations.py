@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from locate_edit.datasets._source import Record, read_json, read_object
+from locate_edit.datasets._source import Record, field, read_json, read_object
 from locate_edit.errors import PromptError
 from locate_edit.prompts import PromptSet
 
@@ -40,7 +40,7 @@ def rows(
         seed: of the wrong answers.
 
     Raises:
-        PromptError: no such folder, relation or template.
+        PromptError: no such folder, relation or template, or a record without its fields.
     """
     found = _read(source)
     if relation not in found:
@@ -53,11 +53,14 @@ def rows(
         raise PromptError(
             f"template: {relation!r} has {len(templates)} (0 to {len(templates) - 1}), got {template}."
         )
-    objects = sorted({str(pair["object"]) for pair in about["samples"]})
+    pairs = [
+        tuple(str(field(pair, name, index, relation)) for name in ("subject", "object"))
+        for index, pair in enumerate(about["samples"])
+    ]
+    objects = sorted({answer for _, answer in pairs})
     generator = random.Random(seed)
     made = []
-    for pair in about["samples"]:
-        subject, answer = str(pair["subject"]), str(pair["object"])
+    for subject, answer in pairs:
         others = [text for text in objects if text != answer]
         wrong = generator.sample(others, min(WRONG, len(others)))
         made.append(
@@ -99,13 +102,7 @@ def _read(source: str | Path) -> dict[str, Record]:
     if not place.is_dir():
         raise PromptError(f"{place}: no such folder. Give the folder that holds the relations.")
     if (place / "relations.jsonl").is_file():
-        about: dict[str, Record] = {
-            record["relation"]: {**record, "samples": []}
-            for record in read_json(place / "templates.jsonl")
-        }
-        for pair in read_json(place / "relations.jsonl"):
-            about[pair["relation"]]["samples"].append(pair)
-        return about
+        return _by_relation(place / "templates.jsonl", place / "relations.jsonl")
     found = {}
     for path in sorted(place.rglob("*.json")):
         record = read_object(path)
@@ -117,3 +114,21 @@ def _read(source: str | Path) -> dict[str, Record]:
             f"{place}: no relations in it; expected relations.jsonl, or a JSON file a relation."
         )
     return found
+
+
+def _by_relation(templates: Path, pairs: Path) -> dict[str, Record]:
+    """Templates, category and pairs by relation, out of a file of each."""
+    about: dict[str, Record] = {}
+    for index, record in enumerate(read_json(templates)):
+        name = str(field(record, "relation", index, templates.name))
+        for needed in ("prompt_templates", "category"):
+            field(record, needed, index, templates.name)
+        about[name] = {**record, "samples": []}
+    for index, pair in enumerate(read_json(pairs)):
+        name = str(field(pair, "relation", index, pairs.name))
+        if name not in about:
+            raise PromptError(
+                f"{pairs.name}, record {index}: expected a relation of {templates.name}, got {name!r}."
+            )
+        about[name]["samples"].append(pair)
+    return about

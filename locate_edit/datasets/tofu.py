@@ -64,11 +64,11 @@ def rows(
             answer_here = answer
         target = str(field(record, answer_here, index, f"TOFU {split}"))
         question = str(field(record, "question", index, f"TOFU {split}"))
-        row = {
+        row: dict[str, Any] = {
             "prompt": _asked(question, template),
             "target": " " + target.strip(),
             "question": question,
-            "answer": record["answer"],
+            "answer": str(field(record, "answer", index, f"TOFU {split}")),
             "group": str(record.get("author", f"{split}-{index // authors}")),
             "id": f"{split}-{index}",
             "kind": "qa",
@@ -133,10 +133,14 @@ def _records(source: str | Path, split: str) -> list[Record]:
         return records(source, split)
     everything = records(marked)
     if split.endswith("_perturbed"):
-        perturbed = {r["question"]: r for r in records(source, "forget10_perturbed")}
-        return [
-            {**perturbed[r["question"]], "author": r["author"]} for r in everything if r.get(whole)
-        ]
+        perturbed = {r.get("question"): r for r in records(source, "forget10_perturbed")}
+        chosen = [record for record in everything if record.get(whole)]
+        for index, record in enumerate(chosen):
+            if (question := field(record, "question", index, marked.name)) not in perturbed:
+                raise PromptError(
+                    f"forget10_perturbed of {source} lacks the question {question!r}."
+                )
+        return [{**perturbed[r["question"]], "author": r.get("author", "")} for r in chosen]
     if split == "full":
         return everything
     if split.startswith("forget"):

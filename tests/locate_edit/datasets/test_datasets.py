@@ -14,6 +14,7 @@ import pytest
 from locate_edit.datasets import books, counterfact, pronouns, relations, tofu
 from locate_edit.datasets._source import records
 from locate_edit.errors import PromptError
+from tests.locate_edit.vocabularies import byte_bpe, spelled
 from tests.tiny import byte_tokenizer
 
 real = pytest.mark.skipif(
@@ -69,6 +70,39 @@ def test_a_chat_template_gets_the_bare_question_and_the_audit_shows_what_is_scor
     assert made.target_ids(0)[-1] == tokenizer.eos_token_id
     scored = [line for line in made.audit(0).splitlines()[2:] if "scored" in line]
     assert len(scored) == len("A writer.") + 1
+
+
+def test_chat_answers_are_what_the_template_itself_would_write(tmp_path: Path) -> None:
+    tokenizer = byte_bpe(["Who", " is", " Ann", "?", "A", " writer", " baker", "."], bos=True)
+    tokenizer.eos_token = "<|end|>"
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}{{ '<|' + m['role'] + '|>' }}\n{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    write(tmp_path / "forget01_perturbed.json", [QUESTION])
+    made = tofu.prompts(tmp_path, tokenizer, "forget01_perturbed", chat_template=True, append_eos=True)  # fmt: skip
+    asked = {"role": "user", "content": "Who is Ann?"}
+
+    def written(*turns: dict[str, str]) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=len(turns) == 1
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for prompts, answer in ((made, "A writer."), (tofu.wrong_answers(made), "A baker.")):
+        whole = written(asked, {"role": "assistant", "content": answer})
+        assert prompts.ids(0) == whole  # one start token, one end token
+        assert prompts.prompt_ids(0) == written(asked)
+        assert spelled(tokenizer, prompts.target_ids(0)) == [*answer_tokens(answer), "<|end|>"]
+    audited = [line for line in made.audit(0).splitlines()[2:] if "scored" in line]
+    assert len(audited) == len(made.target_ids(0))
+    assert "<|assistant|>" not in "".join(audited)
+
+
+def answer_tokens(answer: str) -> list[str]:
+    """The words of an answer of two, as its tokenizer knows them."""
+    first, rest = answer.removesuffix(".").split(" ")
+    return [first, f" {rest}", "."]
 
 
 def test_tofu_says_what_is_wrong(tmp_path: Path) -> None:
@@ -198,6 +232,70 @@ def test_passages_cover_the_text(tmp_path: Path) -> None:
         books.passages(path, tokenizer, length=99)
     with pytest.raises(PromptError, match="0 <= given < length"):
         books.passages(path, tokenizer, length=9, given=9)
+
+
+@pytest.mark.parametrize(
+    ("read", "says"),
+    [
+        (lambda place: tofu.rows(place, "forget01"), r"expected a file called forget01\.jsonl"),
+        (counterfact.rows, r"expected a file called counterfact\.jsonl or counterfact_1000\.jsonl"),
+        (pronouns.winogender, r"expected a file called winogender\.jsonl.*found no such files"),
+        (pronouns.winobias, r"expected a file called winobias\.jsonl.*found no such files"),
+        (relations.names, "no relations in it; expected relations.jsonl, or a JSON file"),
+        (lambda place: relations.names(place / "none"), r"none: no such folder\. Give the folder"),
+        (lambda place: books.passages(place, byte_tokenizer()), "cannot be read as UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_a_wrong_folder_is_named(tmp_path: Path, read: Any, says: str) -> None:
+    with pytest.raises(PromptError, match=says) as caught:
+        read(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_records_without_their_fields_are_named(tmp_path: Path) -> None:
+    about = {"relation": "a_b", "category": "factual", "prompt_templates": ["{} has"]}
+    write(tmp_path / "templates.jsonl", [about])
+    write(tmp_path / "relations.jsonl", [{"relation": "a_b", "subject": "S"}])
+    with pytest.raises(PromptError, match="a_b, record 0: expected a field 'object', got relation"):
+        relations.rows(tmp_path, "a_b")
+    write(tmp_path / "relations.jsonl", [{"relation": "c", "subject": "S", "object": "O"}])
+    with pytest.raises(PromptError, match=r"record 0: expected a relation of templates.jsonl, got"):
+        relations.names(tmp_path)
+    write(tmp_path / "templates.jsonl", [{"relation": "a_b"}])
+    with pytest.raises(PromptError, match=r"templates.jsonl, record 0: expected a field 'prompt_t"):
+        relations.names(tmp_path)
+    cases = write(tmp_path / "counterfact.jsonl", [{"case_id": 1}])
+    with pytest.raises(PromptError, match="CounterFact, record 0: expected a field 'subject'"):
+        counterfact.rows(cases)
+    marked = {**QUESTION, "forget10": True, "author": "Ann"}
+    write(tmp_path / "tofu_full.jsonl", [marked, {**marked, "question": "Who is Bo?"}])
+    write(tmp_path / "forget10_perturbed.jsonl", [QUESTION])
+    with pytest.raises(PromptError, match=r"lacks the question 'Who is Bo\?'"):
+        tofu.rows(tmp_path, "forget10_perturbed")
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_audits_mark_the_answer_alone(tmp_path: Path, mask: bool) -> None:
+    sentence = "The guard told the clerk that {} could go."
+    write(tmp_path / "counterfact.jsonl", [CASE])
+    write(tmp_path / "winogender.jsonl", [
+        {"occupation": "guard", "participant": "clerk", "answer": 0, "gender": g, "sentence": sentence.format(p)}
+        for g, p in (("male", "he"), ("female", "she"))
+    ])  # fmt: skip
+    samples = [{"subject": "Ann", "object": "golf"}, {"subject": "Bo", "object": "chess"}]
+    about = {"name": "plays", "prompt_templates": ["{} plays"], "samples": samples}
+    (tmp_path / "plays.json").write_text(json.dumps(about), "utf-8")
+    tokenizer = byte_tokenizer(mask=mask)
+    sets = (
+        (counterfact.prompts(tmp_path / "counterfact.jsonl", tokenizer), " golf"),
+        (pronouns.prompts(pronouns.winogender(tmp_path), tokenizer), " he"),
+        (relations.prompts(tmp_path, tokenizer, "plays"), " golf"),
+    )
+    for prompts, answer in sets:
+        lines = prompts.audit(0).splitlines()
+        scored = [line.split()[0] for line in lines[2:] if "scored" in line]
+        assert tokenizer.decode([prompts.ids(0)[int(at)] for at in scored]) == answer
+        assert f"{len(answer)} scored" in lines[0]
 
 
 @pytest.mark.parametrize(
