@@ -360,23 +360,32 @@ def _reduce(
 ) -> tuple[Floats, Floats, Floats, NDArray[np.int64], NDArray[np.int64], Floats]:
     """Log-probability, entropy, variance, rank, most probable token and normaliser, each `label`, of `label vocab`."""
     found: list[tuple[Tensor, ...]] = []
-    for block, chosen_label in zip(
-        row_blocks(logits), row_blocks(label, logits.shape[-1]), strict=True
-    ):
-        normaliser = torch.logsumexp(block, dim=-1)
-        chosen = block.gather(-1, chosen_label[:, None])
-        # Entropy = normaliser - E[logit], and log-probabilities vary as the logits do.
+    for block, own in zip(row_blocks(logits), row_blocks(label, logits.shape[-1]), strict=True):
+        chosen = block.gather(-1, own[:, None])
+        top = _most_probable(block)
+        largest = block.gather(-1, top)
         probability = torch.softmax(block, dim=-1)
-        expected = torch.einsum("lv,lv->l", probability, block)
-        variance = torch.einsum("lv,lv->l", probability, (block - expected[:, None]).square_())
-        rank = (block > chosen).sum(-1)
-        best = block.argmax(-1)
-        found.append(
-            (chosen[:, 0] - normaliser, normaliser - expected, variance, normaliser, rank, best)
-        )
-    *floats, ranks, tops = (torch.cat(parts) for parts in zip(*found, strict=True))
-    lp, entropy, var, norm = (tensor.double().cpu().numpy() for tensor in floats)
-    return lp, entropy, var, ranks.cpu().numpy(), tops.cpu().numpy(), norm
+        share = probability.gather(-1, top)
+        # Log-probabilities vary as the logits do.
+        expected = torch.linalg.vecdot(probability, block)
+        rest = block - expected[:, None]
+        variance = torch.linalg.vecdot(probability.mul_(rest), rest)
+        rank = torch.gt(block, chosen, out=rest).sum(-1)
+        found.append((chosen[:, 0], largest[:, 0], share[:, 0], expected, variance, rank, top[:, 0]))
+    own_logit, largest, share, expected, variance, rank, top = (
+        torch.cat(parts).cpu().numpy().astype(np.int64 if at > 4 else np.float64)
+        for at, parts in enumerate(zip(*found, strict=True))
+    )
+    # The largest share is 1 / sum exp(logit - largest logit): accurate where the label's own would be zero.
+    normaliser = largest - np.log(share)
+    return own_logit - normaliser, normaliser - expected, variance, rank, top, normaliser
+
+
+def _most_probable(block: Tensor) -> Tensor:
+    """Index of the largest logit of each row, the first of equals, `row 1`."""
+    if block.device.type == "cpu":  # several times as fast as torch's
+        return torch.from_numpy(block.numpy().argmax(axis=-1))[:, None]
+    return block.argmax(-1, keepdim=True)
 
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
