@@ -17,10 +17,10 @@ from benchmarks.machine import describe_machine
 from benchmarks.tables import write_between
 from circuits.draw import save_figure
 from locate_edit import edit, organism
+from locate_edit.draw.robustness import dots
 from locate_edit.locate.attribution_patching import AttributionPatching
 from locate_edit.methods.npo import NPO
-from locate_edit.robustness import robustness
-from locate_edit.robustness_figures import dots
+from locate_edit.reports.robustness import robustness
 
 HERE = Path(__file__).parent
 UNITS, STEPS, LR = 160, 40, 1e-3

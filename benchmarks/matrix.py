@@ -18,8 +18,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.tables import write_between
 from circuits.draw import save_figure
 from locate_edit import organism
-from locate_edit.compare import RANDOM, Comparison, compare
-from locate_edit.compare_figures import heat_map, trade_off
+from locate_edit.draw.comparison import heat_map, trade_off
 from locate_edit.locate.activation_contrast import ActivationContrast
 from locate_edit.locate.attribution_patching import AttributionPatching
 from locate_edit.locate.eap_ig import EAPIG
@@ -32,6 +31,7 @@ from locate_edit.methods.simnpo import SimNPO
 from locate_edit.methods.undial import UNDIAL
 from locate_edit.methods.wga import WeightedGradientAscent
 from locate_edit.prompts import PromptSet
+from locate_edit.reports.comparison import RANDOM, Comparison, compare
 
 HERE = Path(__file__).parent
 STEPS, LR = 40, 1e-3

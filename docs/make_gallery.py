@@ -32,10 +32,11 @@ from circuits.patching import patch
 from circuits.places import Places
 from circuits.probes import probe, read_states
 from circuits.wiring import wire
-from locate_edit import Edit, PromptSet, Report, edit, edit_figures, evaluate, organism
+from locate_edit import Edit, PromptSet, Report, edit, evaluate, organism
 from locate_edit.attacked import Attacked
 from locate_edit.attacks.relearning import Relearning
 from locate_edit.contrast import corrupted, logit_difference
+from locate_edit.draw import edits
 from locate_edit.locate.magnitude import Magnitude
 from locate_edit.locate.privacy_neurons import PrivacyNeurons
 from locate_edit.locate.random_scores import RandomScores
@@ -140,19 +141,19 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "weight_change": (
         "Where an edit moved the weights",
-        'edit_figures.weight_change(v.edits["NPO"])',
+        'edits.weight_change(v.edits["NPO"])',
     ),
     "slopes": (
         "Before against after, for two edits",
-        "edit_figures.slope_panels(v.reports)",
+        "edits.slope_panels(v.reports)",
     ),
     "summary": (
         "The same as fractions of the original",
-        "edit_figures.summary_bars(v.reports)",
+        "edits.summary_bars(v.reports)",
     ),
     "relearning": (
         "What comes back of one half when the edited models are fine-tuned on the other",
-        "edit_figures.relearning(v.relearned, oracle=v.relearned_oracle)",
+        "edits.relearning(v.relearned, oracle=v.relearned_oracle)",
     ),
 }
 METHODS: dict[str, Any] = {
@@ -482,7 +483,7 @@ def draw_one(line: str, values: Values, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     run: Callable[..., Any] = eval
-    names = {"draw": draw, "edit_figures": edit_figures, "Circuit": Circuit, "Unit": Unit}
+    names = {"draw": draw, "edits": edits, "Circuit": Circuit, "Unit": Unit}
     drawn = run(line, {**names, "v": values})
     draw.save_figure(drawn, file, dpi=DPI)
     plt.close("all")
@@ -496,7 +497,7 @@ def page() -> str:
         "Every figure takes `ax=` and returns its axes; `draw.figure_data(ax)` gives the numbers behind it,",
         '`draw.save_figure(ax, "figure.pdf")` writes it at 300 dpi. All of these are drawn from the model that comes',
         "with the package by `docs/make_gallery.py`, which makes the values `v`; the code beside each is what drew it,",
-        "after `from circuits import draw` and `from locate_edit import edit_figures`.",
+        "after `from circuits import draw` and `from locate_edit.draw import edits`.",
         "",
     ]
     for name, (title, line) in FIGURES.items():

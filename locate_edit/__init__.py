@@ -18,9 +18,9 @@ _HOME = {
     "LocateEditError": "locate_edit.errors",
     "PromptError": "locate_edit.errors",
     "PromptSet": "locate_edit.prompts",
-    "Report": "locate_edit.report",
+    "Report": "locate_edit.reports.report",
     "edit": "locate_edit.editing",
-    "evaluate": "locate_edit.evaluation",
+    "evaluate": "locate_edit.reports.evaluation",
 }
 
 __all__ = [
@@ -37,8 +37,8 @@ __all__ = [
 if TYPE_CHECKING:
     from locate_edit.editing import Edit, edit
     from locate_edit.errors import EditError, LocateEditError, PromptError
-    from locate_edit.evaluation import evaluate
     from locate_edit.prompts import PromptSet
-    from locate_edit.report import Report
+    from locate_edit.reports.evaluation import evaluate
+    from locate_edit.reports.report import Report
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -28,8 +28,9 @@ from circuits.draw import score_map
 from locate_edit import organism
 from locate_edit.checkpoints import load
 from locate_edit.checkpoints import save as save_checkpoint
+from locate_edit.draw._figure import free_figure
+from locate_edit.draw.report import metric_panel
 from locate_edit.editing import Edit, edit
-from locate_edit.evaluation import evaluate
 from locate_edit.fingerprint import fingerprint
 from locate_edit.locate.privacy_neurons import PrivacyNeurons
 from locate_edit.methods.fine_tune import FineTune
@@ -41,8 +42,8 @@ from locate_edit.metrics.perplexity import perplexity
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.prompts import PromptSet
 from locate_edit.replacements import random_replacements
-from locate_edit.report import Report
-from locate_edit.report_figures import metric_panel
+from locate_edit.reports.evaluation import evaluate
+from locate_edit.reports.report import Report
 from locate_edit.tokens import TokenMask
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ def write(
 
 def where(scores: Scores, curves: Curves, ask: Question) -> Figure:
     """Where the number is: every neuron's score, and what switching neurons off does."""
-    figure = _figure(11.0, 3.6)
+    figure = free_figure(11.0, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     score_map(scores, top=UNITS, ax=left)
     curves_panel(curves, ask, right)
@@ -311,7 +312,7 @@ def where(scores: Scores, curves: Curves, ask: Question) -> Figure:
 
 def overview(report: Report, scores: Scores, curves: Curves, ask: Question) -> Figure:
     """The whole story in one picture."""
-    figure = _figure(11.0, 6.4)
+    figure = free_figure(11.0, 6.4)
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     top, bottom = parts
     left, right = top.subplots(1, 2, width_ratios=(1.5, 1))
@@ -360,15 +361,6 @@ def curves_panel(curves: Curves, ask: Question, axes: Any) -> None:
     axes.set_title(f"Switching neurons off: {ask.name}", size=10, loc="left")
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure outside of any figure manager: nothing to close and no backend to choose."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 @contextmanager

@@ -26,12 +26,12 @@ import torch
 from matplotlib import pyplot as plt
 
 from locate_edit import organism
-from locate_edit.compare import RANDOM, compare
-from locate_edit.compare_figures import heat_map, trade_off
+from locate_edit.draw.comparison import heat_map, trade_off
 from locate_edit.locate.activation_contrast import ActivationContrast
 from locate_edit.locate.saliency import Saliency
 from locate_edit.methods.npo import NPO
 from locate_edit.methods.undial import UNDIAL
+from locate_edit.reports.comparison import RANDOM, compare
 
 torch.set_num_threads(1)  # the model is small: more threads only wait for each other
 model, _ = organism.load()

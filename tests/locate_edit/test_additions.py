@@ -31,11 +31,11 @@ from locate_edit.checkpoints import take_out
 from locate_edit.editing import _digest, _sha256
 from locate_edit.engine import Run, Settings, Step, StopWhen, Train
 from locate_edit.ensembles.sisa import Sisa
-from locate_edit.evaluation import evaluate
 from locate_edit.fingerprint import fingerprint as identity
 from locate_edit.ledger import Ledger
 from locate_edit.methods.fine_tune import FineTune
 from locate_edit.prompts import Batch
+from locate_edit.reports.evaluation import evaluate
 from locate_edit.slots import slots_for
 from tests.conftest import fingerprint
 from tests.locate_edit.engine_setting import differing, model, prompts, some_units, state

@@ -1,0 +1,141 @@
+"""`locate-edit attack`: try to bring back what an edit took away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from locate_edit.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Oracle,
+    Seed,
+    option,
+)
+from locate_edit.cli.program import command
+from locate_edit.cli.reading import (
+    name_values,
+    read_prompts,
+)
+from locate_edit.cli.saying import (
+    print_json,
+    terminal,
+    wants_progress,
+)
+
+
+@command(
+    "attack gpt2 --edit my-edit --forget forget.jsonl --retain retain.jsonl --oracle retrained --attack relearning "
+    "--attack quantisation --set relearning.steps=20 --out attacks"
+)
+def attack(
+    model: Model,
+    forget: Annotated[
+        Path, option(metavar="FILE", help="JSONL file of what should be forgotten.", show=False)
+    ],
+    retain: Annotated[
+        Path, option(metavar="FILE", help="JSONL file of what it should know anyway.", show=False)
+    ],
+    out: Annotated[
+        Path,
+        option(metavar="FOLDER", help="Where table, numbers and figure go.", show=False),
+    ],
+    edit: Annotated[
+        Path | None, option(metavar="FOLDER", help="Attack MODEL with this edit applied.")
+    ] = None,
+    original: Annotated[
+        str | None, option(metavar="MODEL", help="What MODEL was before it was edited.")
+    ] = None,
+    oracle: Oracle = None,
+    attacks: Annotated[
+        list[str] | None,
+        option(
+            "--attack",
+            metavar="NAME",
+            help="An attack of locate-edit info, or package.module:Name; repeat for more. Default: all.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        option(
+            "--set",
+            metavar="NAME.KEY=VALUE",
+            help="Set a hyperparameter of one attack, such as relearning.steps=20; repeat for more.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, option(min=1, help="No attack takes more steps.")] = None,
+    seconds: Annotated[
+        float | None, option(min=0, help="No attack is begun after this time.")
+    ] = None,
+    margin: Annotated[
+        float,
+        option(
+            min=0, help="What an attack must bring back in its positive control to be believed."
+        ),
+    ] = 0.3,
+    controls: Annotated[
+        bool,
+        option("--controls/--no-controls", help="Try each attack on its positive control first."),
+    ] = True,
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Try to bring back what an edit took away, beside the model before it and one that never knew.
+
+    MODEL with --edit, or an edited MODEL with --original, the model before. Nothing is changed on disk. An attack that
+    does not find what its positive control hides has no number but a reason.
+    """
+    from circuits import describe
+    from locate_edit.checkpoints import load
+    from locate_edit.cli import _attack
+    from locate_edit.editing import Edit
+    from locate_edit.reports.robustness import robustness
+
+    if edit is not None and original is not None:
+        raise typer.BadParameter("give --edit or --original: with --edit, MODEL is the original")
+    if controls and edit is None and original is None:
+        raise typer.BadParameter(
+            "the positive controls are made of the model before the edit: give --edit, --original or --no-controls"
+        )
+    chosen = _attack.build(attacks, name_values(settings, "--set"))
+    _attack.steps_fit(chosen, steps)
+    _attack.check_out(out)
+    target: Any
+    target, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(target)
+    if edit is not None:
+        target = Edit.load(edit).apply(target)
+    before, never_knew = (
+        None if text is None else load(text, dtype=dtype, device=device)[0]
+        for text in (original, oracle)
+    )
+    found = robustness(
+        target, chosen, read_prompts(forget, model_map, tokenizer), read_prompts(retain, model_map, tokenizer),
+        original=before, oracle=never_knew, controls=controls, margin=margin, steps=steps, seconds=seconds,
+        batch_size=batch_size, seed=seed, progress=wants_progress(as_json),
+    )  # fmt: skip
+    written = found.save(out)
+    if as_json:
+        print_json(_attack.as_json(found, written))
+        return
+    header, rows = _attack.shown(found)
+    console = terminal()
+    if rows:
+        table = Table(*header, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for line in _attack.withheld(found):
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    for file in written:
+        console.print(f"Written: {file}", soft_wrap=True)

@@ -1,0 +1,58 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def option(*names: str, help: str, metavar: str | None = None, **more: Any) -> Any:
+    """An option of a command; ``show=False`` keeps its default out of the help."""
+    return typer.Option(
+        *names, help=help, metavar=metavar, show_default=more.pop("show", True), **more
+    )
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, hub name, or organism.", show_default=False)
+]
+Setting = Annotated[
+    list[str] | None,
+    option(
+        "--set", metavar="NAME=VALUE", help="Set a hyperparameter of the method; repeat for more."
+    ),
+]
+Steps = Annotated[int | None, option(min=1, help="Same as --set steps=N.")]
+Also = Annotated[
+    list[str] | None,
+    option(
+        "--also",
+        metavar="NAME=FILE",
+        help="JSONL file of further prompts to measure; repeat for more.",
+    ),
+]
+Metrics = Annotated[
+    list[str] | None,
+    option("--metric", metavar="NAME", help="A metric of locate-edit info; repeat for more."),
+]
+Oracle = Annotated[
+    str | None,
+    option(metavar="MODEL", help="A model retrained without what was to be forgotten."),
+]
+Retain = Annotated[
+    Path | None, option(metavar="FILE", help="JSONL file of what should stay as it is.")
+]
+BatchSize = Annotated[
+    int, option(min=1, help="Prompts in one forward pass.", rich_help_panel="Running")
+]
+Seed = Annotated[int, option(help="Seed of everything random.", rich_help_panel="Running")]
+Device = Annotated[str, option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Running")]
+Dtype = Annotated[
+    str, option(help="auto (as stored), float32, bfloat16 or float16.", rich_help_panel="Running")
+]
+Json = Annotated[
+    bool,
+    option("--json", help="Print one JSON object and nothing else.", rich_help_panel="Running"),
+]

@@ -1,0 +1,67 @@
+"""Reading what the user gave: settings, prompts, masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from circuits import ComponentMask, ModelMap
+    from locate_edit.prompts import PromptSet
+
+
+def hyperparameters(settings: list[str] | None, **shortcuts: float | None) -> dict[str, str]:
+    """Join `--set name=value` with the options that are shortcuts for it."""
+    result = name_values(settings, "--set")
+    for name, number in shortcuts.items():
+        if number is None:
+            continue
+        if name in result:
+            raise typer.BadParameter(f"{name} is also given as --{name}", param_hint="--set")
+        result[name] = repr(number)
+    return result
+
+
+def name_values(texts: list[str] | None, option: str) -> dict[str, str]:
+    """Read `name=value` texts."""
+    result = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise typer.BadParameter(f"expected NAME=VALUE, got {text!r}", param_hint=option)
+        result[name.strip()] = value
+    return result
+
+
+def read_prompts(file: Path, model_map: ModelMap, tokenizer: Any) -> PromptSet:
+    """Read a JSONL file of prompts for a model."""
+    from locate_edit.prompts import PromptSet
+
+    return PromptSet.from_jsonl(file, tokenizer, masked=not model_map.causal)
+
+
+def read_mask(text: str | None, model_map: ModelMap) -> ComponentMask | None:
+    """Read a mask file, or units written out; None stands for all weights."""
+    from circuits import ComponentMask
+
+    if text is None:
+        return None
+    return ComponentMask.parse(text, model_map) if "[" in text else ComponentMask.load(text)
+
+
+def read_never_seen(text: str, model_map: ModelMap, tokenizer: Any) -> Any:
+    """Read where forgetting stops: see `locate_edit.never_seen`."""
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    if Path(text).is_file():
+        return read_prompts(Path(text), model_map, tokenizer)
+    from locate_edit.checkpoints import load
+
+    device = next(model_map.model.parameters()).device
+    return load(text, device=str(device))[0]

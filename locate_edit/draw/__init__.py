@@ -1,0 +1,1 @@
+"""Figures of what edits did: reports, attacks, comparisons, moved weights, layers."""

@@ -1,0 +1,99 @@
+"""Figures of an edit's depth: the logit lens before and after it, and what each layer's residual stream costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from locate_edit.draw._figure import free_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from locate_edit.metrics.unlearning_depth import Depth
+    from locate_edit.reports.depth import LensDepth
+
+__all__ = ["layer_lines", "lens_map"]
+
+MOST_NAMED = 40
+"""Prompts whose text stands beside the map; of more only the number is written."""
+
+_COLOURS = {"s1": "#009E73", "s2": "#0072B2", "control": "#D55E00", "between": "#E69F00"}
+_MEANING = {
+    "s1": "oracle's stream (s1)",
+    "s2": "edited model's stream (s2)",
+    "control": "control: oracle's stream, retained prompts",
+    "between": "control: other oracle's in the oracle, retained",
+}
+
+
+def lens_map(lens: LensDepth) -> Figure:
+    """Two heat maps side by side, before and after the edit: prompts from top to bottom, layers to the right."""
+    n_items, n_layers = lens.before.shape
+    named = n_items <= MOST_NAMED
+    height = 1.9 + (0.26 * max(4, n_items) if named else 5.0)
+    width = (3.2 if named else 1.2) + 2 * max(2.2, min(5.0, 0.42 * n_layers)) + 0.8
+    figure = free_figure(width, height)
+    panels = figure.subplots(1, 2, sharey=True)
+    image = None
+    for axes, values, title in zip(
+        panels, (lens.before, lens.after), ("before the edit", "after the edit"), strict=True
+    ):
+        image = axes.imshow(
+            values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+        )
+        mean = float(np.nanmean(values[:, -1])) if np.isfinite(values[:, -1]).any() else np.nan
+        axes.set_title(f"{title}\nlast layer, mean {mean:.2f}", fontsize=9.5)
+        step = max(1, n_layers // 8)
+        shown = list(range(0, n_layers, step))
+        words = ["embed" if lens.layers[k] < 0 else str(lens.layers[k]) for k in shown]
+        axes.set_xticks(shown, words, fontsize=8)
+        axes.set_xlabel("read after layer", fontsize=9)
+    if named:
+        panels[0].set_yticks(range(n_items), lens.names, fontsize=7.5, parse_math=False)
+    else:
+        panels[0].set_ylabel(f"prompt (n = {n_items})", fontsize=9)
+    assert image is not None
+    bar = figure.colorbar(image, ax=panels, fraction=0.05)
+    bar.set_label("p(target), logit lens", fontsize=8.5)
+    figure.supxlabel(
+        f"{lens.model}; probability of the target, geometric mean over its tokens; n = {n_items}",
+        fontsize=7.5,
+        color="#5f6368",
+    )
+    return figure
+
+
+def layer_lines(depth: Depth, ax: Axes | None = None) -> Axes:
+    """What patching a layer costs, by layer: the oracle's stream, the edited model's, and the controls.
+
+    Where the line of the edited model lies on that of the oracle, a layer has lost the answer; where it lies at 0, the
+    layer still carries it. Where a control is not at 0, the oracle's line says less than it seems to. Means over
+    prompts, with 95% bootstrap intervals over them.
+    """
+    axes = free_figure(8.6, 3.6).add_subplot() if ax is None else ax
+    given = {key: getattr(depth, key) for key in _COLOURS}
+    for place, (key, costs) in enumerate(given.items()):
+        if costs is None:
+            continue
+        costs = costs[np.isfinite(costs).all(axis=1)]
+        at = np.array(depth.layers) + 0.06 * (place - 1.5)
+        dash = "-" if key in ("s1", "s2") else "--"
+        label = f"{_MEANING[key]}, n = {len(costs)}"
+        axes.plot(at, costs.mean(0), dash, marker="o", ms=4, color=_COLOURS[key], label=label)
+        drawn = np.random.default_rng(0).integers(len(costs), size=(1000, len(costs)))
+        low, high = np.quantile(costs[drawn].mean(1), (0.025, 0.975), axis=0)
+        axes.vlines(at, low, high, color=_COLOURS[key], lw=1.1)
+    axes.axhline(0, color="#9aa0a6", lw=0.8)
+    axes.set_xticks(depth.layers[:: max(1, len(depth.layers) // 12)])
+    axes.set_xlabel("layer whose residual stream is replaced", fontsize=9)
+    axes.set_ylabel("log-probability lost (nats a token)", fontsize=9)
+    said = "withheld" if depth.score.withheld else f"{depth.score.estimate:.2f}"
+    damage = "unknown" if np.isnan(depth.damage) else f"{depth.damage:.0%}"
+    axes.set_title(f"Unlearning depth: {said} (damage {damage})", fontsize=10, loc="left")
+    axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    return axes

@@ -1,0 +1,96 @@
+"""Figure of what attacks bring back: clean and attacked, by attack and model, forget beside retain."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from locate_edit.draw._figure import free_figure
+from locate_edit.errors import EditError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from locate_edit.metrics.values import Values
+    from locate_edit.reports.robustness import Robustness
+
+__all__ = ["dots"]
+
+COLOURS = {
+    "original": "#8c8c8c",
+    "edited": "#d55e00",
+    "random mask": "#56b4e9",
+    "oracle": "#0072b2",
+}
+
+
+def dots(found: Robustness) -> Axes:
+    """Two panels, forget and retain: for each attack and model a hollow dot without the attack and a full one under it.
+
+    A thin bar is the 95% interval over prompts under the attack. Withheld attacks keep their row, without dots. The
+    axes returned are those of the forget panel.
+
+    Raises:
+        EditError: no attack has numbers.
+    """
+    from matplotlib.lines import Line2D
+
+    models = found.models
+    if not models:
+        raise EditError("no attack has numbers to draw; the table says why")
+    spread = 0.7 / len(models)
+    height = 1.6 + len(found.trials) * max(0.45, 0.2 * len(models))
+    figure = free_figure(8.4, height)
+    panels = figure.subplots(1, 2, sharey=True, sharex=True)
+    for row, trial in enumerate(found.trials):
+        for panel in panels:
+            if row % 2:
+                panel.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", zorder=0, lw=0)
+            if trial.withheld:
+                panel.text(
+                    0.5, row, "withheld", ha="center", va="center", size=8, color="#777777",
+                    style="italic", transform=panel.get_yaxis_transform(),
+                )  # fmt: skip
+        for place, model in enumerate(models):
+            if (attacked := trial.found.get(model)) is None:
+                continue
+            at = row + (place - (len(models) - 1) / 2) * spread
+            _pair(panels[0], at, attacked.forget_clean, attacked.forget, COLOURS[model])
+            _pair(panels[1], at, attacked.retain_clean, attacked.retain, COLOURS[model])
+    for panel, title in zip(panels, ("forget", "retain"), strict=True):
+        panel.set_title(title)
+        panel.set_xlabel("given away (such as likelihood)")
+        panel.set_xlim(-0.03, 1.03)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(found.trials)), [_label(t.name) for t in found.trials], size=8)
+    panels[0].set_ylim(len(found.trials) - 0.5, -0.5)
+    handles: list[Any] = [
+        Line2D([], [], marker="o", ls="", color=COLOURS[model], label=model) for model in models
+    ]
+    handles.append(
+        Line2D([], [], marker="o", ls="", mfc="white", color="#555555", label="without the attack")
+    )
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8
+    )
+    first: Axes = panels[0]
+    return first
+
+
+def _pair(axes: Axes, at: float, clean: Values | None, under: Values | None, colour: str) -> None:
+    """Hollow and full dot of one model, joined, with the interval of the full one."""
+    before = None if clean is None else clean.estimate
+    after = None if under is None else under.estimate
+    if before is None or after is None or under is None:
+        return
+    axes.plot([before, after], [at, at], color=colour, lw=1.2, alpha=0.5, zorder=1)
+    if (interval := under.interval()) is not None:
+        axes.plot(
+            interval, [at, at], color=colour, lw=4, alpha=0.2, solid_capstyle="butt", zorder=1
+        )
+    axes.plot([after], [at], "o", color=colour, ms=5, zorder=3)
+    axes.plot([before], [at], "o", mfc="white", mec=colour, ms=5, zorder=2)
+
+
+def _label(name: str, width: int = 28) -> str:
+    return name if len(name) <= width else f"{name[: width - 1]}…"

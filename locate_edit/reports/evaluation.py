@@ -1,0 +1,516 @@
+"""`evaluate`: measure a model or an edit and its controls on every prompt set, under one protocol.
+
+Columns: *before* the edit, *after* it, the same method on a *random* mask of equal size and kind, and the *oracle*
+that never learned the forget set. Rows: every metric on every prompt set. The model is left exactly as it was found.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import transformers
+from torch import nn
+
+from circuits import ComponentMask, describe
+from circuits.errors import UnknownFamily
+from locate_edit import catalog
+from locate_edit.errors import EditError, PromptError
+from locate_edit.metrics.generation import generate
+from locate_edit.metrics.likelihood import likelihood
+from locate_edit.metrics.memorization import exact_memorization
+from locate_edit.metrics.oracle_distance import from_divergences, item_means
+from locate_edit.metrics.perplexity import perplexity
+from locate_edit.metrics.predictions import Predictions
+from locate_edit.metrics.values import Floats, Values, average_over_runs
+from locate_edit.prompts import PromptSet
+from locate_edit.reports.report import COLUMNS, TITLES, Cell, Example, Line, Report
+from locate_edit.reports.side_effects import SHOWN_TOKENS, shown_text, side_effects
+
+__all__ = ["Editable", "Metric", "evaluate"]
+
+Metric = Callable[..., Values] | ModuleType | str
+"""A metric function, a module of `locate_edit.metrics` (its function of the same name, or else all of its metrics),
+or a name."""
+
+Control = ComponentMask | nn.Module
+
+
+@runtime_checkable
+class Editable(Protocol):
+    """What `evaluate` asks of an edit; `locate_edit.Edit` has it.
+
+    Attributes:
+        model: the edited model, or None while the edit is not applied.
+        mask: the component mask of the edit, or None.
+        forget: the prompts it was made to forget, or None.
+        retain: the prompts it was made to keep, or None.
+        provenance: how it was made.
+    """
+
+    model: Any
+    mask: Any
+    forget: Any
+    retain: Any
+    provenance: Any
+
+    def off(self) -> AbstractContextManager[Any]:
+        """The base model while the context is open; the edited one afterwards."""
+
+    def rerun(self, mask: Any) -> AbstractContextManager[Any]:
+        """An edit like this one on another mask, applied to the base model while the context is open."""
+
+
+def evaluate(
+    target: Editable | nn.Module,
+    metrics: Sequence[Metric] | Metric | None = None,
+    *,
+    forget: PromptSet | None = None,
+    retain: PromptSet | None = None,
+    others: Mapping[str, PromptSet] | None = None,
+    oracle: nn.Module | None = None,
+    other_oracle: nn.Module | None = None,
+    random: bool | int | Sequence[Control] | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    n_bootstrap: int = 1000,
+    level: float = 0.95,
+    examples: int = 3,
+    undo: Sequence[str] = (),
+    progress: bool = False,
+) -> Report:
+    """Measure an edit before, after, with a random mask and against an oracle, or just measure a model.
+
+    Args:
+        target: an applied edit, or a model.
+        metrics: metric functions, modules or names; None takes likelihood, exact memorization and perplexity.
+        forget: the prompts to forget; None takes those of the edit.
+        retain: prompts to keep; None takes those of the edit.
+        others: more prompt sets by name (other secrets, facts, general text).
+        oracle: a model retrained without the forget set; it adds the oracle column and, on every set, the oracle
+            distance.
+        other_oracle: the same with another seed: the unit of the oracle distance.
+        random: the random control: True or a number of random masks of the edit's size and kind, on which the edit
+            is made again; masks; models edited elsewhere; False for none. None makes one random mask where the edit
+            can be made again.
+        seed: of random masks and bootstrap.
+        batch_size: rows a forward pass.
+        n_bootstrap: resamples of the bootstrap intervals.
+        level: coverage of the intervals (fraction).
+        examples: how many prompts of the first set to show with the model's own words, and one of each other set.
+        undo: lines that tell how to take the edit back; None of them gives the general ones.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        PromptError: no prompt set, two sets of one name, or prompts that do not fit the model.
+        EditError: the edit is not applied, or a random control was asked for that cannot be made.
+        CatalogError: a metric name that does not exist.
+    """
+    sets = _sets(target, forget, retain, others or {})
+    chosen = _functions(metrics)
+    editable = None if isinstance(target, nn.Module) else target
+    run = _Run(
+        sets, chosen, oracle, other_oracle, batch_size=batch_size, n_examples=examples, seed=seed,
+        ranked=editable is not None,
+    )  # fmt: skip
+    states: dict[str, _State] = {}
+    model = _applied_model(target)
+    controls, reason = ([], "") if editable is None else _controls(editable, random, seed)
+    with _bar(progress, 1 + (editable is not None) + len(controls) + (oracle is not None)) as step:
+        if editable is None:
+            states["before"] = step("model", lambda: run.measure(model))
+        else:
+            states["after"] = step("after", lambda: run.measure(model))
+            with editable.off():
+                states["before"] = step("before", lambda: run.measure(model))
+            works = [functools.partial(run.control, editable, control) for control in controls]
+            if runs := [step("random", work) for work in works]:
+                states["random"] = _pooled(runs)
+        if oracle is not None:
+            states["oracle"] = step("oracle", lambda: run.measure(oracle))
+    return Report(
+        lines=tuple(_lines(states, chosen, seed=seed, n_bootstrap=n_bootstrap, level=level)),
+        mask={} if editable is None else _about_mask(editable.mask, model),
+        edit={} if editable is None else _about_edit(editable),
+        model=_about_model(model),
+        sets={
+            name: {"items": len(ps), "scored_tokens": ps.n_scored, "digest": ps.digest}
+            for name, ps in sets.items()
+        },
+        settings={
+            "seed": seed,
+            "batch_size": batch_size,
+            "n_bootstrap": n_bootstrap,
+            "level": level,
+            "random_masks": len(controls),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        examples=run.examples(states),
+        notes=(f"no random control: {reason}",) if reason else (),
+        undo=() if editable is None else tuple(undo) or _undo(editable),
+        side_effects=side_effects({c: state.likelihoods for c, state in states.items()}, sets),
+    )
+
+
+_UNDO = (
+    "edit.undo()                                         # in Python: the model is bit for bit as it was",
+    "locate-edit undo EDITED_MODEL --edit FOLDER_OF_EDIT   # in a shell: takes the edit out of a saved model",
+)
+
+
+def _undo(target: Editable) -> tuple[str, ...]:
+    """How to take an edit back; one with additions is never part of a checkpoint."""
+    return _UNDO[:1] if getattr(target, "additions", ()) else _UNDO
+
+
+@dataclass
+class _State:
+    """Everything measured on one state of the model: values by set and metric, and its own words by set and item.
+
+    Of the sets outside the forget set also every item's likelihood, which the side effects are ranked by.
+    """
+
+    values: dict[tuple[str, str], Values] = field(default_factory=dict)
+    words: dict[tuple[str, int], str] = field(default_factory=dict)
+    likelihoods: dict[str, Values] = field(default_factory=dict)
+
+
+@dataclass
+class _Run:
+    """What stays the same from one state of the model to the next."""
+
+    sets: Mapping[str, PromptSet]
+    metrics: Mapping[str, Callable[..., Values]]
+    oracle: nn.Module | None
+    other_oracle: nn.Module | None
+    batch_size: int
+    n_examples: int
+    seed: int
+    ranked: bool
+    noise: dict[str, Floats] = field(default_factory=dict)
+
+    def measure(self, model: nn.Module) -> _State:
+        """All metrics on all sets, for the model as it is now."""
+        state = _State()
+        for name, prompts in self.sets.items():
+            reference = None if model is self.oracle else self.oracle
+            predictions = Predictions(
+                model, prompts, batch_size=self.batch_size, reference=reference
+            )
+            if self.oracle is not None:
+                self._distances(predictions, name, state)
+            for label, metric in self.metrics.items():
+                state.values[name, label] = metric(predictions)
+            if self.ranked and name != "forget":
+                state.likelihoods[name] = likelihood(predictions)
+            self._say(name, predictions, state)
+        return state
+
+    def control(self, target: Editable, control: Control) -> _State:
+        """The same for a random control."""
+        if isinstance(control, nn.Module):
+            return self.measure(control)
+        with target.rerun(control) as other:
+            return self.measure(other.model)
+
+    def _distances(self, predictions: Predictions, name: str, state: _State) -> None:
+        """Oracle distance of one state on one set; the distance between the oracles is measured once."""
+        prompts = predictions.prompts
+        if self.other_oracle is not None and name not in self.noise:
+            between = Predictions(
+                self.other_oracle, prompts, batch_size=self.batch_size, reference=self.oracle
+            )
+            self.noise[name] = item_means(between, between.divergence)
+        noise = self.noise.get(name)
+        if predictions.reference is not None:
+            distance = item_means(predictions, predictions.divergence)
+        elif noise is not None:
+            # In the oracle's own column: how far another retraining is.
+            distance = noise
+        else:
+            return
+        found = from_divergences(distance, noise, prompts)
+        state.values[name, "oracle_distance"] = found.ratio
+        state.values[name, "oracle_kl"] = found.nats
+
+    def _say(self, name: str, predictions: Predictions, state: _State) -> None:
+        """The model's own words on the first items of a set."""
+        prompts = predictions.prompts
+        shown = self._shown(name)
+        if not shown:
+            return
+        if prompts.masked:
+            said = [predictions.top[predictions.of_item(i)].tolist() for i in shown]
+        else:
+            few = prompts.select(shown)
+            longest = max(len(few.target_ids(i)) for i in range(len(few)))
+            length = SHOWN_TOKENS if longest > SHOWN_TOKENS else None
+            said = generate(predictions.model, few, length, batch_size=self.batch_size)
+        for index, tokens in zip(shown, said, strict=True):
+            state.words[name, index] = str(prompts.tokenizer.decode(tokens))
+
+    def _shown(self, name: str) -> list[int]:
+        """Items of a set to show: plain text has no question to answer; of other sets than the first one will do."""
+        asked = [i for i, row in enumerate(self.sets[name]) if row.get("target") is not None]
+        first = name == next(iter(self.sets))
+        return asked[: self.n_examples if first else min(1, self.n_examples)]
+
+    def examples(self, states: Mapping[str, _State]) -> tuple[Example, ...]:
+        """The items that every state said something to."""
+        found = []
+        for name, prompts in self.sets.items():
+            for index in self._shown(name):
+                before, target = shown_text(prompts, index)
+                outputs = {
+                    column: states[column].words[name, index]
+                    for column in COLUMNS
+                    if column in states and (name, index) in states[column].words
+                }
+                found.append(Example(name, before, target, outputs))
+        return tuple(found)
+
+
+def _pooled(runs: Sequence[_State]) -> _State:
+    """Several random controls as one: item by item their mean; the words of the first."""
+    values = {
+        key: average_over_runs([run.values[key] for run in runs if key in run.values])
+        for key in runs[0].values
+    }
+    likelihoods = {
+        name: average_over_runs([run.likelihoods[name] for run in runs])
+        for name in runs[0].likelihoods
+    }
+    return _State(values, runs[0].words, likelihoods)
+
+
+def _lines(
+    states: Mapping[str, _State],
+    metrics: Mapping[str, Callable[..., Values]],
+    *,
+    seed: int,
+    n_bootstrap: int,
+    level: float,
+) -> Iterator[Line]:
+    """A line for each set and metric, with a cell for each state."""
+    keys = dict.fromkeys(key for state in states.values() for key in state.values)
+    for name, label in keys:
+        values = {
+            column: states[column].values[name, label]
+            for column in COLUMNS
+            if column in states and (name, label) in states[column].values
+        }
+        first = next(iter(values.values()))
+        cells = {}
+        for column, found in values.items():
+            span = found.interval(level=level, n_bootstrap=n_bootstrap, seed=seed)
+            low, high = span if span is not None else (None, None)
+            cells[column] = Cell(found.estimate, low, high, len(found), found.withheld, found.note)
+        definition = _DISTANCES.get(label) or _first_sentence(metrics[label])
+        yield Line(label, name, first.unit, first.direction, definition, cells, values)
+
+
+_DISTANCES = {
+    "oracle_distance": "Divergence (KL) of the model's predictions from those of a model retrained without "
+    "the forget set, divided by that between two such models; 1 is the distance of another retraining.",
+    "oracle_kl": "The same divergence as a plain number.",
+}
+
+
+def _first_sentence(metric: Callable[..., Values]) -> str:
+    whole = metric.func if isinstance(metric, functools.partial) else metric
+    text = " ".join((inspect.getdoc(whole) or "").split("\n\n")[0].split())
+    return text if text.endswith(".") or not text else f"{text}."
+
+
+# ---- reading the arguments -----------------------------------------------------------------------
+
+
+def _applied_model(target: Editable | nn.Module) -> nn.Module:
+    if isinstance(target, nn.Module):
+        return target
+    if not isinstance(target.model, nn.Module):
+        raise EditError("the edit is not applied to a model; call .apply(model) before evaluate")
+    return target.model
+
+
+def _sets(
+    target: Editable | nn.Module,
+    forget: PromptSet | None,
+    retain: PromptSet | None,
+    others: Mapping[str, PromptSet],
+) -> dict[str, PromptSet]:
+    if not isinstance(target, nn.Module):
+        forget = target.forget if forget is None else forget
+        retain = target.retain if retain is None else retain
+    given = {"forget": forget, "retain": retain}
+    sets = {name: prompts for name, prompts in given.items() if prompts is not None}
+    if twice := sets.keys() & others.keys():
+        raise PromptError(
+            f"two prompt sets are called {min(twice)!r}: give the one in others= another name."
+        )
+    sets.update(others)
+    if not sets:
+        raise PromptError(
+            "nothing to measure on: give forget=, retain= or others={'name': prompts}. "
+            "An edit loaded from a folder does not carry its prompts."
+        )
+    return sets
+
+
+def _functions(metrics: Sequence[Metric] | Metric | None) -> dict[str, Callable[..., Values]]:
+    """Metric functions by the name they are reported under."""
+    if metrics is None:
+        metrics = [likelihood, exact_memorization, perplexity]
+    if isinstance(metrics, str | ModuleType) or callable(metrics):
+        metrics = [metrics]
+    found: dict[str, Callable[..., Values]] = {}
+    for metric in metrics:
+        if isinstance(metric, ModuleType):
+            functions = _of_module(metric)
+        elif isinstance(metric, str):
+            functions = [catalog.resolve("metric", metric)]
+        else:
+            functions = [metric]
+        for function in functions:
+            name = _metric_name(function)
+            if name in found:
+                raise PromptError(f"the metric {name!r} is given twice.")
+            found[name] = function
+    return found
+
+
+def _of_module(module: ModuleType) -> list[Callable[..., Values]]:
+    """The function of the module's own name, or else every metric it defines."""
+    own = getattr(module, module.__name__.rpartition(".")[2], None)
+    if own is not None:
+        return [own]
+    functions: list[Callable[..., Values]] = [
+        function
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+        and not name.startswith("_")
+        and function.__module__ == module.__name__
+        and next(iter(inspect.signature(function).parameters), "") == "predictions"
+    ]
+    if not functions:
+        raise PromptError(
+            f"the module {module.__name__} defines no metric: no function whose first argument is `predictions`."
+        )
+    return functions
+
+
+def _metric_name(function: Callable[..., Values]) -> str:
+    """The function's name, with the settings that a partial fixes."""
+    if isinstance(function, functools.partial):
+        settings = ",".join(f"{key}={value}" for key, value in function.keywords.items())
+        # A dot would separate set and metric in the keys of the files.
+        return f"{_metric_name(function.func)}({settings})".replace(".", "_")
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _controls(
+    target: Editable, random: bool | int | Sequence[Control] | None, seed: int
+) -> tuple[list[Control], str]:
+    """Masks or models of the random control, and why there are none where they were not declined."""
+    if random is False or (isinstance(random, int) and random == 0 and random is not True):
+        return [], ""
+    if isinstance(random, Sequence):
+        return list(random), ""
+    reason = ""
+    if target.mask is None:
+        reason = "the edit has no mask, so there is nothing to draw at random"
+    elif getattr(target, "method", target) is None:
+        reason = (
+            "the edit was loaded from a folder; pass random=[model, ...] edited on random masks"
+        )
+    if reason and random is not None:
+        raise EditError(f"a random control was asked for, but {reason}.")
+    if reason:
+        return [], reason
+    n_masks = 1 if random is None or random is True else random
+    # Offset: the seed itself may have drawn the mask that is being controlled.
+    return [target.mask.random_like(seed=seed + 1 + k) for k in range(n_masks)], ""
+
+
+@contextmanager
+def _bar(show: bool, total: int) -> Iterator[Callable[[str, Callable[[], _State]], _State]]:
+    """A function that names a step, runs it and moves a progress bar, if one is wanted."""
+    if not show:
+        yield lambda _, work: work()
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("evaluate", total=total)
+
+        def step(name: str, work: Callable[[], _State]) -> _State:
+            bar.update(task, description=f"evaluate: {TITLES.get(name, name)}")
+            result = work()
+            bar.advance(task)
+            return result
+
+        yield step
+
+
+# ---- what the report says about the edit ---------------------------------------------------------
+
+
+def _about_mask(mask: Any, model: nn.Module) -> dict[str, Any]:
+    if not isinstance(mask, ComponentMask):
+        return {}
+    kinds = sorted({site.kind for site in mask.sites})
+    about: dict[str, Any] = {
+        "units": mask.count(),
+        "of": mask.total(),
+        "kinds": kinds,
+        "sites": {str(site): count for site, count in mask.counts().items()},
+        "provenance": dict(mask.provenance),
+    }
+    try:
+        model_map = describe(model)
+        about["fraction_of_parameters"] = float(mask.fraction(model_map))
+        # Of the whole model, where the mask speaks about some of its layers only.
+        every = {site for kind in kinds for site in model_map.sites(kind)} | set(mask.sites)
+        about["of"] = sum(math.prod(model_map.shape(site)) for site in every)
+    except UnknownFamily:
+        pass  # a mask of named rows works on any model; only the share cannot be told
+    text = str(mask)
+    if len(text) <= 2000:
+        about["units_on"] = text
+    return about
+
+
+def _about_edit(target: Editable) -> dict[str, Any]:
+    about = dict(target.provenance)
+    if (delta := getattr(target, "delta", None)) is not None:
+        about["entries_changed"] = int(delta.count())
+    if additions := getattr(target, "additions", ()):
+        about["additions"] = [str(each.what) for each in additions]
+    if log := getattr(target, "log", None):
+        about["steps_run"] = len(log)
+    return about
+
+
+def _about_model(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return {
+        "class": type(model).__name__,
+        "name": _model_name(str(getattr(config, "name_or_path", "") or "")),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _model_name(name: str) -> str:
+    """A hub name as it is; of a local folder only its own name, since a report travels."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
