@@ -143,6 +143,26 @@ def build(kind: Kind, name: str, settings: dict[str, str] | None = None) -> Any:
         raise CatalogError(f"{target.__name__} refuses {values}: {error}") from error
 
 
+def rebuild(kind: Kind, about: Mapping[str, Any]) -> Any:
+    """Make the object that a provenance describes: its name, its module and its hyperparameters as plain data.
+
+    Args:
+        kind: what it is.
+        about: as `edit.json` holds it. Only objects of the catalogue are made: a file may not name code to be run.
+
+    Raises:
+        CatalogError: no such object in the catalogue, or a hyperparameter that plain data cannot hold.
+    """
+    place = (about.get("module"), about.get("name"))
+    found = [e for e in entries(kind) if (e.module, e.attribute) == place]
+    if not found:
+        raise CatalogError(
+            f"no {kind} of the catalogue is called {about.get('name')!r} in {about.get('module')}"
+        )
+    given = {key: value for key, value in about.items() if key not in ("name", "module")}
+    return _from_plain(found[0].load(), given, found[0].attribute)
+
+
 @dataclass(frozen=True)
 class Hyperparameter:
     """Type and default of one field of a localizer or method."""
@@ -316,6 +336,36 @@ def _parse(hint: Any, text: str) -> Any:
     if hint in (str, Any):
         return text
     raise ValueError(text)
+
+
+def _from_plain(hint: Any, value: Any, where: str) -> Any:
+    """The value of type `hint` that JSON holds as `value`."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for choice in typing.get_args(hint):
+            try:
+                return _from_plain(choice, value, where)
+            except CatalogError:
+                continue
+    elif inspect.isclass(hint) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        known = hyperparameters(hint)
+        if not set(value) - set(known):
+            return hint(
+                **{k: _from_plain(known[k].type, v, f"{where}.{k}") for k, v in value.items()}
+            )
+    elif origin is Literal and value in typing.get_args(hint):
+        return value
+    elif origin in (tuple, list, Sequence) and isinstance(value, list):
+        inner = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
+        hints = inner if len(inner) == len(value) else inner[:1] * len(value)
+        return tuple(_from_plain(h, v, where) for h, v in zip(hints, value, strict=True))
+    elif origin is Mapping and isinstance(value, dict):
+        return value
+    elif hint in (str, bool, int, type(None)) and type(value) is hint:
+        return value
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    raise CatalogError(f"{where}: expected {_show(hint)}, got {value!r}")
 
 
 def _as_mapping(text: str) -> dict[str, str | tuple[str, ...]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from circuits import ComponentMask, ModelMap, describe
 from circuits.atomic import atomic_folder
 from circuits.model_map import KeyValues, Side
+from locate_edit import catalog
 from locate_edit.additions import Added, Placed, install, installed, parse
 from locate_edit.delta import Change, Delta
 from locate_edit.engine import Run, Settings, StopWhen
@@ -105,7 +106,10 @@ def edit(
             f"the mask selects {len(mask.units())} units but nothing of them that "
             f"{type(method).__name__} can change with side={wanted!r}; try side='both'"
         )
-    options = {"batch_size": batch_size, "seed": seed, "side": side, "kv": kv}
+    options = {
+        "batch_size": batch_size, "seed": seed, "side": side, "kv": kv, "never_seen": _plain_level(never_seen),
+        "stop": 1 if isinstance(stop, StopWhen) else len(stop),
+    }  # fmt: skip
     made_on = fingerprint(model)
     steps = getattr(method, "steps", None)
     with ExitStack() as stack:
@@ -148,7 +152,7 @@ def edit(
         **run.notes,
     }
     again = _again(
-        model, method, forget=forget, retain=retain, batch_size=batch_size, seed=seed, side=side, kv=kv,
+        method, forget=forget, retain=retain, batch_size=batch_size, seed=seed, side=side, kv=kv,
         never_seen=never_seen, stop=stop, gradient_checkpointing=gradient_checkpointing,
         reuse_prefix_bytes=reuse_prefix_bytes, reference_bytes=reference_bytes,
     )  # fmt: skip
@@ -171,7 +175,7 @@ class Edit:
         log: one record a training step.
         made_on: fingerprint of the model it was made on.
         model: the model it is applied to, or None.
-        method, forget, retain: what it was made with; None after loading from a folder.
+        method, forget, retain: what it was made with; None after loading from a folder, until `recall`.
     """
 
     def __init__(
@@ -186,7 +190,7 @@ class Edit:
         method: Method | None = None,
         forget: PromptSet | None = None,
         retain: PromptSet | None = None,
-        again: Callable[[ComponentMask | None, int], Edit] | None = None,
+        again: Again | None = None,
         additions: Sequence[Added] = (),
         placed: Placed | None = None,
     ) -> None:
@@ -297,19 +301,62 @@ class Edit:
         """The same method with the same data on another mask, for controls; this edit again afterwards.
 
         Raises:
-            EditError: the edit was loaded from a folder, so its data and method are not at hand.
+            EditError: the edit was loaded from a folder and has not been given its prompts (`recall`).
         """
         if self._again is None:
             raise EditError(
-                "only an edit made in this process can be run again on another mask; call edit() instead"
+                "an edit that was loaded from a folder can be run again on another mask once it has its prompts: call "
+                "recall(forget=..., retain=...) first"
             )
-        with self.off():
-            other = self._again(mask, self.provenance["options"]["seed"] if seed is None else seed)
+        with self.off() as model:
+            seed = self.provenance["options"]["seed"] if seed is None else seed
+            other = self._again(model, mask, seed)
             try:
                 yield other
             finally:
                 if other.model is not None:
                     other.undo()
+
+    def recall(self, *, forget: PromptSet, retain: PromptSet | None = None) -> Edit:
+        """Give an edit that was loaded from a folder the prompts it was made with, so that `rerun` can make it again.
+
+        Its method is made from what `edit.json` says of it; only methods of `locate_edit.methods` are, as a file may
+        not name code to be run.
+
+        Args:
+            forget: the prompts it was made to forget.
+            retain: the prompts it was made to keep; None if there were none.
+
+        Raises:
+            EditError: other prompts than those it was made with, or something that `edit.json` does not hold: a method
+                of your own, never-seen prompts or model, rules to stop.
+        """
+        about = self.provenance
+        if "options" not in about:
+            raise EditError(
+                "a combination of edits was not made by a method, so it cannot be made again"
+            )
+        for role, prompts in (("forget", forget), ("retain", retain)):
+            made = (about.get(role) or {}).get("digest")
+            given = None if prompts is None else prompts.digest
+            if made != given:
+                raise EditError(
+                    f"these are not the {role} prompts that the edit was made with: expected "
+                    f"{_short(made)}, got {_short(given)}. Give the same rows in the same order, tokenised alike"
+                )
+        options = dict(about["options"])
+        if options.get("never_seen", _GIVEN) == _GIVEN or options.pop("stop", 0):
+            raise EditError(
+                "the edit was made with never-seen prompts, a never-seen model or rules to stop, which edit.json does "
+                "not hold; make it again with edit()"
+            )
+        try:
+            method = catalog.rebuild("method", about["method"])
+        except catalog.CatalogError as problem:
+            raise EditError(f"the method of this edit cannot be made again: {problem}") from problem
+        self.method, self.forget, self.retain = method, forget, retain
+        self._again = _again(method, forget=forget, retain=retain, **options)
+        return self
 
     def _applied(self) -> nn.Module:
         if self.model is None:
@@ -541,10 +588,20 @@ def _progress_bar(name: str, steps: int) -> Iterator[Callable[[dict[str, Any]], 
         yield lambda _record: bar.advance(task)
 
 
-def _again(
-    model: nn.Module, method: Method, **options: Any
-) -> Callable[[ComponentMask | None, int], Edit]:
-    return lambda mask, seed: edit(model, method, mask, **{**options, "seed": seed})
+Again: TypeAlias = "Callable[[nn.Module, ComponentMask | None, int], Edit]"
+"""Makes an edit again: of the base model, on another mask, with another seed."""
+
+
+def _again(method: Method, **options: Any) -> Again:
+    return lambda model, mask, seed: edit(model, method, mask, **{**options, "seed": seed})
+
+
+_GIVEN = "given"
+"""What stands in the provenance for never-seen prompts or a model, which an edit does not keep."""
+
+
+def _plain_level(never_seen: NeverSeen) -> Any:
+    return never_seen if never_seen is None or isinstance(never_seen, str | float | int) else _GIVEN
 
 
 def _describe_method(method: Any) -> dict[str, Any]:
@@ -640,6 +697,10 @@ def _read_additions(folder: Path, about: Mapping[str, Any]) -> tuple[Added, ...]
 
 def _digest(about: Mapping[str, Any]) -> str:
     return _sha256(json.dumps(about, sort_keys=True).encode())
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else f"prompts with the digest {digest[:12]}"
 
 
 def _sha256(data: bytes) -> str:
