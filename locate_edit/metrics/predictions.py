@@ -16,7 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from circuits.forward import labelled_logits
 from locate_edit.errors import PromptError
 from locate_edit.metrics.generation import generate
-from locate_edit.metrics.running import compare_labels, evaluating, row_blocks, scored_batches
+from locate_edit.metrics.running import (
+    compare_labels,
+    evaluating,
+    normalised,
+    row_blocks,
+    scored_batches,
+)
 from locate_edit.metrics.values import Floats
 from locate_edit.prompts import PromptSet
 from locate_edit.sampling import Continuation, sample
@@ -359,33 +365,21 @@ def _reduce(
     logits: Tensor, label: Tensor
 ) -> tuple[Floats, Floats, Floats, NDArray[np.int64], NDArray[np.int64], Floats]:
     """Log-probability, entropy, variance, rank, most probable token and normaliser, each `label`, of `label vocab`."""
-    found: list[tuple[Tensor, ...]] = []
+    floats, counts = [], []
     for block, own in zip(row_blocks(logits), row_blocks(label, logits.shape[-1]), strict=True):
         chosen = block.gather(-1, own[:, None])
-        top = _most_probable(block)
-        largest = block.gather(-1, top)
-        probability = torch.softmax(block, dim=-1)
-        share = probability.gather(-1, top)
+        probability, top, normaliser = normalised(block)
         # Log-probabilities vary as the logits do.
         expected = torch.linalg.vecdot(probability, block)
         rest = block - expected[:, None]
         variance = torch.linalg.vecdot(probability.mul_(rest), rest)
         rank = torch.gt(block, chosen, out=rest).sum(-1)
-        found.append((chosen[:, 0], largest[:, 0], share[:, 0], expected, variance, rank, top[:, 0]))
-    own_logit, largest, share, expected, variance, rank, top = (
-        torch.cat(parts).cpu().numpy().astype(np.int64 if at > 4 else np.float64)
-        for at, parts in enumerate(zip(*found, strict=True))
-    )
-    # The largest share is 1 / sum exp(logit - largest logit): accurate where the label's own would be zero.
-    normaliser = largest - np.log(share)
-    return own_logit - normaliser, normaliser - expected, variance, rank, top, normaliser
-
-
-def _most_probable(block: Tensor) -> Tensor:
-    """Index of the largest logit of each row, the first of equals, `row 1`."""
-    if block.device.type == "cpu":  # several times as fast as torch's
-        return torch.from_numpy(block.numpy().argmax(axis=-1))[:, None]
-    return block.argmax(-1, keepdim=True)
+        each = normaliser[:, 0]
+        floats.append(torch.stack([chosen[:, 0] - each, each - expected, variance.double(), each]))
+        counts.append(torch.stack([rank.long(), top[:, 0]]))
+    logprob, entropy, spread, norm = torch.cat(floats, dim=1).cpu().numpy()
+    ranks, tops = torch.cat(counts, dim=1).cpu().numpy()
+    return logprob, entropy, spread, ranks, tops, norm
 
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

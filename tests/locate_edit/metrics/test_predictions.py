@@ -115,6 +115,21 @@ def test_batches_whose_logits_do_not_fit_are_split(monkeypatch: pytest.MonkeyPat
     assert model.n_calls == 3  # items 0, 1, and 2 with 3
 
 
+def test_what_vanishes_and_what_ties() -> None:
+    tokenizer = word_tokenizer(["a", "b", "c", "d"])
+    a, b, c, d = (token_id(tokenizer, word) for word in "abcd")
+    model = Bigram(len(tokenizer), {})
+    logits = torch.full((len(tokenizer),), -300.0)
+    logits[[b, c, d]] = torch.tensor([-200.0, 0.0, 0.0])  # exp(-200) is zero in float32
+    model.head.weight.data[:, a] = logits
+    found = Predictions(model, PromptSet([("a", " b"), ("a", " c"), ("a", " d")], tokenizer))
+    assert found.logprob == pytest.approx([-200 - np.log(2), -np.log(2), -np.log(2)], rel=1e-7)
+    assert found.entropy == pytest.approx([np.log(2)] * 3, rel=1e-6)
+    assert found.variance == pytest.approx([0.0] * 3, abs=1e-12)
+    assert found.rank.tolist() == [2, 0, 0]  # those that tie have the best of their ranks
+    assert found.top.tolist() == [min(c, d)] * 3
+
+
 def test_half_precision_models_are_scored_in_float32() -> None:
     model = tiny("llama", dtype=torch.bfloat16)
     prompts = PromptSet(["some plain text"], byte_tokenizer())
