@@ -41,7 +41,7 @@ def main() -> None:
     made = edit(model, NPO(steps=STEPS, lr=LR, retain="kl"), mask, forget=forget, retain=retain)
     started, wall = time.process_time(), time.perf_counter()
     found = robustness(
-        made, forget=forget, retain=facts[7::60], oracle=oracle, random_masks=1, progress=True
+        made, forget=forget, retain=facts[7::60], oracle=oracle, random=1, progress=True
     )
     spent = {"cpu": time.process_time() - started, "wall": time.perf_counter() - wall}
     text = f"{spent['cpu']:.0f} s of CPU time on one thread.\n\n{found.markdown()}"

@@ -10,11 +10,11 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import transformers
@@ -32,6 +32,7 @@ from locate_edit.metrics.perplexity import perplexity
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Floats, Values, average_over_runs
 from locate_edit.prompts import PromptSet
+from locate_edit.reports.controls import Control, Editable, opened, wanted
 from locate_edit.reports.report import COLUMNS, TITLES, Cell, Example, Line, Report
 from locate_edit.reports.side_effects import SHOWN_TOKENS, shown_text, side_effects
 
@@ -40,33 +41,6 @@ __all__ = ["Editable", "Metric", "evaluate"]
 Metric = Callable[..., Values] | ModuleType | str
 """A metric function, a module of `locate_edit.metrics` (its function of the same name, or else all of its metrics),
 or a name."""
-
-Control = ComponentMask | nn.Module
-
-
-@runtime_checkable
-class Editable(Protocol):
-    """What `evaluate` asks of an edit; `locate_edit.Edit` has it.
-
-    Attributes:
-        model: the edited model, or None while the edit is not applied.
-        mask: the component mask of the edit, or None.
-        forget: the prompts it was made to forget, or None.
-        retain: the prompts it was made to keep, or None.
-        provenance: how it was made.
-    """
-
-    model: Any
-    mask: Any
-    forget: Any
-    retain: Any
-    provenance: Any
-
-    def off(self) -> AbstractContextManager[Any]:
-        """The base model while the context is open; the edited one afterwards."""
-
-    def rerun(self, mask: Any) -> AbstractContextManager[Any]:
-        """An edit like this one on another mask, applied to the base model while the context is open."""
 
 
 def evaluate(
@@ -99,8 +73,8 @@ def evaluate(
             distance.
         other_oracle: the same with another seed: the unit of the oracle distance.
         random: the random control: True or a number of random masks of the edit's size and kind, on which the edit
-            is made again; masks; models edited elsewhere; False for none. None makes one random mask where the edit
-            can be made again.
+            is made again; masks; edits or models made elsewhere; False for none. None makes one random mask where the
+            edit can be made again.
         seed: of random masks and bootstrap.
         batch_size: rows a forward pass.
         n_bootstrap: resamples of the bootstrap intervals.
@@ -123,7 +97,7 @@ def evaluate(
     )  # fmt: skip
     states: dict[str, _State] = {}
     model = _applied_model(target)
-    controls, reason = ([], "") if editable is None else _controls(editable, random, seed)
+    controls, reason = ([], "") if editable is None else wanted(editable, random, seed)
     with _bar(progress, 1 + (editable is not None) + len(controls) + (oracle is not None)) as step:
         if editable is None:
             states["before"] = step("model", lambda: run.measure(model))
@@ -217,10 +191,8 @@ class _Run:
 
     def control(self, target: Editable, control: Control) -> _State:
         """The same for a random control."""
-        if isinstance(control, nn.Module):
-            return self.measure(control)
-        with target.rerun(control) as other:
-            return self.measure(other.model)
+        with opened(target, control) as model:
+            return self.measure(model)
 
     def _distances(self, predictions: Predictions, name: str, state: _State) -> None:
         """Oracle distance of one state on one set; the distance between the oracles is measured once."""
@@ -415,30 +387,6 @@ def _metric_name(function: Callable[..., Values]) -> str:
         # A dot would separate set and metric in the keys of the files.
         return f"{_metric_name(function.func)}({settings})".replace(".", "_")
     return str(getattr(function, "__name__", type(function).__name__))
-
-
-def _controls(
-    target: Editable, random: bool | int | Sequence[Control] | None, seed: int
-) -> tuple[list[Control], str]:
-    """Masks or models of the random control, and why there are none where they were not declined."""
-    if random is False or (isinstance(random, int) and random == 0 and random is not True):
-        return [], ""
-    if isinstance(random, Sequence):
-        return list(random), ""
-    reason = ""
-    if target.mask is None:
-        reason = "the edit has no mask, so there is nothing to draw at random"
-    elif getattr(target, "method", target) is None:
-        reason = (
-            "the edit was loaded from a folder; pass random=[model, ...] edited on random masks"
-        )
-    if reason and random is not None:
-        raise EditError(f"a random control was asked for, but {reason}.")
-    if reason:
-        return [], reason
-    n_masks = 1 if random is None or random is True else random
-    # Offset: the seed itself may have drawn the mask that is being controlled.
-    return [target.mask.random_like(seed=seed + 1 + k) for k in range(n_masks)], ""
 
 
 @contextmanager

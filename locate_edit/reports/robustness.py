@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from locate_edit.editing import Edit
 from locate_edit.errors import EditError, PromptError
 from locate_edit.metrics.values import Values, average_over_runs, difference
 from locate_edit.prompts import PromptSet
+from locate_edit.reports.controls import Control, made, opened, wanted
 
 __all__ = ["MODELS", "Robustness", "Trial", "robustness"]
 
@@ -176,7 +178,7 @@ def robustness(
     original: nn.Module | None = None,
     oracle: nn.Module | None = None,
     controls: bool = True,
-    random_masks: int = 0,
+    random: bool | int | Sequence[Control] = 0,
     margin: float = 0.3,
     seconds: float | None = None,
     steps: int | None = None,
@@ -199,8 +201,8 @@ def robustness(
         original: the model before the edit, where ``target`` is no edit.
         oracle: a model trained without what was to be forgotten: the reference for what an attack makes up by itself.
         controls: try each attack on its positive control first. False leaves a number without what makes it credible.
-        random_masks: on how many random masks of the edit's size and kind it is made again and attacked (the mean over
-            them is reported).
+        random: the random control, of which the mean is reported: on how many random masks of the edit's size and kind
+            it is made again; masks; edits or models made elsewhere.
         margin: how much of the measure (such as a likelihood) an attack must bring back in its control.
         seconds: no attack is begun after this time (s); None for no limit.
         steps: no attack takes more optimizer steps than this; None for their own.
@@ -216,11 +218,9 @@ def robustness(
     named = _named(_all() if attacks is None else attacks)
     named = {name: _capped(attack, steps) for name, attack in named.items()}
     forget, retain = _prompts(target, forget, retain)
-    if not margin > 0 or random_masks < 0:
-        raise EditError(
-            f"margin must be positive and random_masks at least 0, got {margin} and {random_masks}"
-        )
-    states = _states(target, original, oracle, random_masks, seed)
+    if not margin > 0:
+        raise EditError(f"margin must be positive, got {margin}")
+    states = _states(target, original, oracle, random, seed)
     if controls and "original" not in states:
         raise EditError(
             "the positive controls are made of the model before the edit: give the edit itself or original=, or pass "
@@ -243,7 +243,7 @@ def robustness(
             advance(name)
     settings = {
         "seed": seed, "batch_size": batch_size, "margin": margin, "controls": controls, "steps": steps,
-        "seconds": seconds, "random_masks": random_masks,
+        "seconds": seconds, "random_masks": len(states.get("random mask", ())),
         "forget": {"prompts": len(forget), "digest": forget.digest},
         "retain": {"prompts": len(retain), "digest": retain.digest},
     }  # fmt: skip
@@ -276,10 +276,10 @@ def _trial(
             withheld = f"no positive control: {type(problem).__name__}: {problem}"
     found: dict[str, Attacked] = {}
     failed: dict[str, str] = {}
-    for which, opened in {} if withheld else states.items():
+    for which, ways in {} if withheld else states.items():
         try:
             runs = []
-            for each in opened:
+            for each in ways:
                 with each() as model:
                     runs.append(attack(model, forget, retain=retain, **options))
             found[which] = _pooled(runs)
@@ -382,7 +382,7 @@ def _states(
     target: Edit | nn.Module,
     original: nn.Module | None,
     oracle: nn.Module | None,
-    random_masks: int,
+    random: bool | int | Sequence[Control],
     seed: int,
 ) -> dict[str, list[Opened]]:
     """How to open each model, by name in the order of `MODELS`; several for random masks."""
@@ -399,11 +399,11 @@ def _states(
             )
         states["original"] = [target.off]
         states["edited"] = [_open(model)]
-        if random_masks:
-            states["random mask"] = _random(target, model, random_masks, seed)
+        if controls := made(target, wanted(target, random, seed)[0]):
+            states["random mask"] = [partial(opened, target, control) for control in controls]
     else:
         model = target
-        if random_masks:
+        if random:
             raise EditError("random masks need the edit itself: pass it in place of the model")
         if original is not None:
             if original is target:
@@ -421,24 +421,6 @@ def _states(
 
 def _open(model: nn.Module) -> Opened:
     return lambda: nullcontext(model)
-
-
-def _random(target: Edit, model: nn.Module, n: int, seed: int) -> list[Opened]:
-    """The edit made again on random masks; each is put in place when it is opened."""
-    if target.mask is None:
-        raise EditError("the edit has no mask, so there is nothing to draw at random")
-    made = []
-    for k in range(n):
-        # Offset: the seed itself may have drawn the mask that is being controlled.
-        with target.rerun(target.mask.random_like(seed=seed + 1 + k)) as other:
-            made.append(other)
-
-    @contextmanager
-    def opened(other: Edit) -> Iterator[nn.Module]:
-        with target.off(), other.applied(model):
-            yield model
-
-    return [lambda other=other: opened(other) for other in made]  # type: ignore[misc]
 
 
 # ---- text --------------------------------------------------------------------------------------------------------

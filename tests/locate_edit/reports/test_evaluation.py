@@ -26,7 +26,8 @@ from locate_edit.metrics.likelihood import likelihood, nll
 from locate_edit.metrics.perplexity import perplexity
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
-from locate_edit.reports.evaluation import Editable, evaluate
+from locate_edit.reports.controls import Editable
+from locate_edit.reports.evaluation import evaluate
 from locate_edit.reports.side_effects import side_effects
 from tests.locate_edit.metrics.bigram import Bigram, token_id
 from tests.tiny import byte_tokenizer, tiny, word_tokenizer

@@ -123,7 +123,7 @@ def test_random_masks_are_other_masks_and_their_mean_is_told() -> None:
             n = float(len(seen))
             return Attacked(values(n), values(n - 1))
 
-    found = robustness(done, [Copies()], controls=False, random_masks=2)["Copies"]
+    found = robustness(done, [Copies()], controls=False, random=2)["Copies"]
     original, mine, first, second = seen
     changed = [
         {n for n in original if not torch.equal(original[n], each[n])}
@@ -264,7 +264,7 @@ def test_a_model_without_its_edit_and_an_edit_that_is_not_applied() -> None:
     with pytest.raises(PromptError, match="no retain prompts"):
         robustness(net, [Reads()], forget)
     with pytest.raises(EditError, match="random masks need the edit"):
-        robustness(net, [Reads()], forget, retain, original=before, random_masks=1)
+        robustness(net, [Reads()], forget, retain, original=before, random=1)
     found = robustness(net, [Reads()], forget, retain, original=before)
     assert found.models == ("original", "edited")
     done = edited(net)
@@ -272,7 +272,7 @@ def test_a_model_without_its_edit_and_an_edit_that_is_not_applied() -> None:
     with pytest.raises(EditError, match=re.escape("call .apply(model)")):
         robustness(done, [Reads()])
     with pytest.raises(EditError, match="no mask"):
-        robustness(edited(net, mask=False), [Reads()], random_masks=1)
+        robustness(edited(net, mask=False), [Reads()], random=1)
 
 
 def test_on_the_organism_rounding_finds_its_control(
