@@ -1,7 +1,8 @@
 """What there is to choose from: every localizer, edit method, metric and attack, found by walking the folders.
 
 Nothing is registered: a module in `locate_edit/locate` (or `methods`, `metrics`, `attacks`) that defines a public
-frozen dataclass (or, for metrics, a public function that takes predictions) is listed, gets a command-line name and is
+frozen dataclass (or, for metrics, a public function that takes predictions; dataclasses in `metrics` are statistics,
+numbers about whole sets) is listed, gets a command-line name and is
 picked up by the conformance tests. Listing reads the source without importing it, so it costs milliseconds and never
 loads torch; only `Entry.load` imports.
 
@@ -27,12 +28,13 @@ from typing import Any, Literal
 
 from circuits.errors import LocateEditError
 
-Kind = Literal["localizer", "method", "metric", "attack"]
+Kind = Literal["localizer", "method", "metric", "statistic", "attack"]
 
 FOLDERS: dict[str, str] = {
     "localizer": "locate",
     "method": "methods",
     "metric": "metrics",
+    "statistic": "metrics",
     "attack": "attacks",
 }
 

@@ -94,7 +94,7 @@ def _about_model(model_map: ModelMap) -> dict[str, Any]:
 def _say_catalogue(as_json: bool) -> None:
     from circuits.families import supported
 
-    kinds: tuple[catalog.Kind, ...] = ("localizer", "method", "metric", "attack")
+    kinds: tuple[catalog.Kind, ...] = ("localizer", "method", "metric", "statistic", "attack")
     listed = {kind: catalog.entries(kind) for kind in kinds if catalog.entries(kind)}
     if as_json:
         found: dict[str, Any] = {

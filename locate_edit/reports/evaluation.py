@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,9 @@ from locate_edit.metrics.memorization import exact_memorization
 from locate_edit.metrics.oracle_distance import from_divergences, item_means
 from locate_edit.metrics.perplexity import perplexity
 from locate_edit.metrics.predictions import Predictions
+from locate_edit.metrics.statistic import Statistic
 from locate_edit.metrics.values import Floats, Values, average_over_runs
+from locate_edit.metrics.whole_sets import Measured, WholeSets, key_of
 from locate_edit.prompts import PromptSet
 from locate_edit.reports.controls import Control, Editable, opened, wanted
 from locate_edit.reports.report import COLUMNS, TITLES, Cell, Example, Line, Report
@@ -38,9 +41,9 @@ from locate_edit.reports.side_effects import SHOWN_TOKENS, shown_text, side_effe
 
 __all__ = ["Editable", "Metric", "evaluate"]
 
-Metric = Callable[..., Values] | ModuleType | str
-"""A metric function, a module of `locate_edit.metrics` (its function of the same name, or else all of its metrics),
-or a name."""
+Metric = Callable[..., Values] | WholeSets | ModuleType | str
+"""A metric function, a number about whole sets (`locate_edit.metrics.whole_sets`), a module of `locate_edit.metrics`
+(its function of the same name, or else all of its metrics), or a name."""
 
 
 def evaluate(
@@ -89,10 +92,10 @@ def evaluate(
         CatalogError: a metric name that does not exist.
     """
     sets = _sets(target, forget, retain, others or {})
-    chosen = _functions(metrics)
+    chosen, whole = _functions(metrics)
     editable = None if isinstance(target, nn.Module) else target
     run = _Run(
-        sets, chosen, oracle, other_oracle, batch_size=batch_size, n_examples=examples, seed=seed,
+        sets, chosen, whole, oracle, other_oracle, batch_size=batch_size, n_examples=examples, seed=seed,
         ranked=editable is not None,
     )  # fmt: skip
     states: dict[str, _State] = {}
@@ -111,7 +114,10 @@ def evaluate(
         if oracle is not None:
             states["oracle"] = step("oracle", lambda: run.measure(oracle))
     return Report(
-        lines=tuple(_lines(states, chosen, seed=seed, n_bootstrap=n_bootstrap, level=level)),
+        lines=(
+            *_lines(states, chosen, seed=seed, n_bootstrap=n_bootstrap, level=level),
+            *_whole_lines(states, whole, sets, seed=seed, n_bootstrap=n_bootstrap, level=level),
+        ),
         mask={} if editable is None else _about_mask(editable.mask, model),
         edit={} if editable is None else _about_edit(editable),
         model=_about_model(model),
@@ -150,10 +156,12 @@ def _undo(target: Editable) -> tuple[str, ...]:
 class _State:
     """Everything measured on one state of the model: values by set and metric, and its own words by set and item.
 
-    Of the sets outside the forget set also every item's likelihood, which the side effects are ranked by.
+    ``needed`` is what the numbers about whole sets are made from. Of the sets outside the forget set there is every
+    item's likelihood too, which the side effects are ranked by.
     """
 
     values: dict[tuple[str, str], Values] = field(default_factory=dict)
+    needed: dict[tuple[str, str], Values] = field(default_factory=dict)
     words: dict[tuple[str, int], str] = field(default_factory=dict)
     likelihoods: dict[str, Values] = field(default_factory=dict)
 
@@ -164,6 +172,7 @@ class _Run:
 
     sets: Mapping[str, PromptSet]
     metrics: Mapping[str, Callable[..., Values]]
+    whole: Mapping[str, WholeSets]
     oracle: nn.Module | None
     other_oracle: nn.Module | None
     batch_size: int
@@ -184,6 +193,8 @@ class _Run:
                 self._distances(predictions, name, state)
             for label, metric in self.metrics.items():
                 state.values[name, label] = metric(predictions)
+            for metric in {m for w in self.whole.values() for on, m in w.needs if on == name}:
+                state.needed[name, key_of(metric)] = metric(predictions)
             if self.ranked and name != "forget":
                 state.likelihoods[name] = likelihood(predictions)
             self._say(name, predictions, state)
@@ -261,7 +272,8 @@ def _pooled(runs: Sequence[_State]) -> _State:
         name: average_over_runs([run.likelihoods[name] for run in runs])
         for name in runs[0].likelihoods
     }
-    return _State(values, runs[0].words, likelihoods)
+    needed = {key: average_over_runs([run.needed[key] for run in runs]) for key in runs[0].needed}
+    return _State(values, needed, runs[0].words, likelihoods)
 
 
 def _lines(
@@ -281,13 +293,42 @@ def _lines(
             if column in states and (name, label) in states[column].values
         }
         first = next(iter(values.values()))
-        cells = {}
-        for column, found in values.items():
-            span = found.interval(level=level, n_bootstrap=n_bootstrap, seed=seed)
-            low, high = span if span is not None else (None, None)
-            cells[column] = Cell(found.estimate, low, high, len(found), found.withheld, found.note)
+        cells = {
+            column: _cell(found, seed=seed, n_bootstrap=n_bootstrap, level=level)
+            for column, found in values.items()
+        }
         definition = _DISTANCES.get(label) or _first_sentence(metrics[label])
         yield Line(label, name, first.unit, first.direction, definition, cells, values)
+
+
+def _whole_lines(
+    states: Mapping[str, _State],
+    whole: Mapping[str, WholeSets],
+    sets: Mapping[str, PromptSet],
+    **how: Any,
+) -> Iterator[Line]:
+    """A line for each number about whole sets."""
+    measured = {column: Measured(state.needed, sets) for column, state in states.items()}
+    for label, metric in whole.items():
+        found = {
+            column: metric(
+                measured[column],
+                before=measured.get("before") if column != "before" else None,
+                oracle=measured.get("oracle"),
+            )
+            for column in COLUMNS
+            if column in measured
+        }
+        first = next(iter(found.values()))
+        cells = {column: _cell(statistic, **how) for column, statistic in found.items()}
+        definition = _first_sentence(type(metric))
+        yield Line(label, metric.prompts, first.unit, first.direction, definition, cells)
+
+
+def _cell(found: Values | Statistic, *, seed: int, n_bootstrap: int, level: float) -> Cell:
+    span = found.interval(level=level, n_bootstrap=n_bootstrap, seed=seed)
+    low, high = span if span is not None else (None, None)
+    return Cell(found.estimate, low, high, len(found), found.withheld, found.note)
 
 
 _DISTANCES = {
@@ -297,7 +338,7 @@ _DISTANCES = {
 }
 
 
-def _first_sentence(metric: Callable[..., Values]) -> str:
+def _first_sentence(metric: Callable[..., Any]) -> str:
     whole = metric.func if isinstance(metric, functools.partial) else metric
     text = " ".join((inspect.getdoc(whole) or "").split("\n\n")[0].split())
     return text if text.endswith(".") or not text else f"{text}."
@@ -338,26 +379,53 @@ def _sets(
     return sets
 
 
-def _functions(metrics: Sequence[Metric] | Metric | None) -> dict[str, Callable[..., Values]]:
-    """Metric functions by the name they are reported under."""
+def _functions(
+    metrics: Sequence[Metric] | Metric | None,
+) -> tuple[dict[str, Callable[..., Values]], dict[str, WholeSets]]:
+    """Metric functions and numbers about whole sets by the name they are reported under."""
     if metrics is None:
         metrics = [likelihood, exact_memorization, perplexity]
-    if isinstance(metrics, str | ModuleType) or callable(metrics):
+    if not isinstance(metrics, Sequence) or isinstance(metrics, str):
         metrics = [metrics]
     found: dict[str, Callable[..., Values]] = {}
+    whole: dict[str, WholeSets] = {}
     for metric in metrics:
+        if isinstance(metric, str):
+            metric = _by_name(metric)
+        if inspect.isclass(metric):
+            raise PromptError(f"expected a metric like {metric.__name__}(), got the class itself.")
+        if isinstance(metric, WholeSets):
+            name = _snake(type(metric).__name__)
+            if name in whole:
+                raise PromptError(f"the metric {name!r} is given twice.")
+            whole[name] = metric
+            continue
         if isinstance(metric, ModuleType):
             functions = _of_module(metric)
-        elif isinstance(metric, str):
-            functions = [catalog.resolve("metric", metric)]
         else:
             functions = [metric]
         for function in functions:
-            name = _metric_name(function)
+            name = key_of(function)
             if name in found:
                 raise PromptError(f"the metric {name!r} is given twice.")
             found[name] = function
+    return found, whole
+
+
+def _by_name(name: str) -> Callable[..., Values] | WholeSets:
+    """A metric or a number about whole sets, as the command line names them."""
+    try:
+        found: Callable[..., Values] | WholeSets = catalog.build("metric", name)
+    except catalog.CatalogError as unknown:
+        try:
+            found = catalog.build("statistic", name)
+        except catalog.CatalogError:
+            raise unknown from None
     return found
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def _of_module(module: ModuleType) -> list[Callable[..., Values]]:
@@ -378,15 +446,6 @@ def _of_module(module: ModuleType) -> list[Callable[..., Values]]:
             f"the module {module.__name__} defines no metric: no function whose first argument is `predictions`."
         )
     return functions
-
-
-def _metric_name(function: Callable[..., Values]) -> str:
-    """The function's name, with the settings that a partial fixes."""
-    if isinstance(function, functools.partial):
-        settings = ",".join(f"{key}={value}" for key, value in function.keywords.items())
-        # A dot would separate set and metric in the keys of the files.
-        return f"{_metric_name(function.func)}({settings})".replace(".", "_")
-    return str(getattr(function, "__name__", type(function).__name__))
 
 
 @contextmanager

@@ -29,7 +29,12 @@ td code { overflow-wrap: anywhere; } td.q { min-width: 13rem; }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0 0 .3rem 1.2rem; }
 """
 
-_BETTER = {"up": "larger", "down": "smaller", "distance": "(smaller: closer)"}
+_BETTER = {
+    "up": "larger",
+    "down": "smaller",
+    "distance": "(smaller: closer)",
+    "closeness": "(larger: closer)",
+}
 _COLUMN_HELP = {
     "before": "the model as it was",
     "after": "the model with the edit",

@@ -79,7 +79,7 @@ class Line:
         prompts: name of the prompt set.
         unit: of the numbers.
         direction: "up" if a larger number means that the model knows the texts better, "down" if a smaller one
-            does, "distance" if the number tells how far the model is from another one.
+            does, "distance" if the number tells how far the model is from another one, "closeness" how near.
         definition: what the number is, in a sentence.
         cells: the numbers, by state.
         values: the numbers item by item, by state; empty for a report read from a file.

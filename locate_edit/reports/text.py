@@ -19,7 +19,12 @@ SIDE_EFFECTS = (
 
 # The distance headline has its own sentence; these are not the metric the other sentences are about.
 _DISTANCES = ("oracle_distance", "oracle_kl")
-_BETTER = {"up": "larger", "down": "smaller", "distance": "(smaller: closer)"}
+_BETTER = {
+    "up": "larger",
+    "down": "smaller",
+    "distance": "(smaller: closer)",
+    "closeness": "(larger: closer)",
+}
 
 
 def summary(report: Report) -> str:
