@@ -383,33 +383,20 @@ def _functions(
     metrics: Sequence[Metric] | Metric | None,
 ) -> tuple[dict[str, Callable[..., Values]], dict[str, WholeSets]]:
     """Metric functions and numbers about whole sets by the name they are reported under."""
-    if metrics is None:
-        metrics = [likelihood, exact_memorization, perplexity]
-    if not isinstance(metrics, Sequence) or isinstance(metrics, str):
-        metrics = [metrics]
-    found: dict[str, Callable[..., Values]] = {}
-    whole: dict[str, WholeSets] = {}
-    for metric in metrics:
-        if isinstance(metric, str):
-            metric = _by_name(metric)
-        if inspect.isclass(metric):
-            raise PromptError(f"expected a metric like {metric.__name__}(), got the class itself.")
-        if isinstance(metric, WholeSets):
-            name = _snake(type(metric).__name__)
-            if name in whole:
-                raise PromptError(f"the metric {name!r} is given twice.")
-            whole[name] = metric
-            continue
-        if isinstance(metric, ModuleType):
-            functions = _of_module(metric)
-        else:
-            functions = [metric]
-        for function in functions:
-            name = key_of(function)
+    several = isinstance(metrics, Sequence) and not isinstance(metrics, str)
+    given: Any = [metrics] if metrics is not None and not several else metrics
+    found: dict[str, Any] = {}
+    for metric in given or (likelihood, exact_memorization, perplexity):
+        made = _by_name(metric) if isinstance(metric, str) else metric
+        if inspect.isclass(made):
+            raise PromptError(f"expected a metric like {made.__name__}(), got the class itself.")
+        for each in _of_module(made) if isinstance(made, ModuleType) else [made]:
+            name = _snake(type(each).__name__) if isinstance(each, WholeSets) else key_of(each)
             if name in found:
                 raise PromptError(f"the metric {name!r} is given twice.")
-            found[name] = function
-    return found, whole
+            found[name] = each
+    whole = {name: each for name, each in found.items() if isinstance(each, WholeSets)}
+    return {name: each for name, each in found.items() if name not in whole}, whole
 
 
 def _by_name(name: str) -> Callable[..., Values] | WholeSets:
