@@ -28,7 +28,7 @@ from circuits.draw import score_map
 from locate_edit import organism
 from locate_edit.checkpoints import load
 from locate_edit.checkpoints import save as save_checkpoint
-from locate_edit.draw._figure import free_figure
+from locate_edit.draw._style import free_figure
 from locate_edit.draw.report import metric_panel
 from locate_edit.editing import Edit, edit
 from locate_edit.fingerprint import fingerprint

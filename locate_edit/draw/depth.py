@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from locate_edit.draw._figure import free_figure
+from locate_edit.draw._style import free_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -33,7 +33,8 @@ from circuits.draw._style import (
     write_cells,
 )
 from locate_edit.errors import EditError
-from locate_edit.reports.report import COLUMNS, TITLES, Cell, Line, Report
+from locate_edit.reports.report import Cell, Line, Report
+from locate_edit.reports.states import COLUMNS, TITLES
 from locate_edit.reports.weight_change import weight_changes
 
 if TYPE_CHECKING:

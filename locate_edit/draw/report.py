@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from locate_edit.draw._figure import free_figure
-from locate_edit.reports.report import TITLES, Cell, Line, Report
+from locate_edit.draw._style import COLOURS, free_figure
+from locate_edit.reports.report import Cell, Line, Report
+from locate_edit.reports.states import TITLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["before_after", "figures", "metric_panel", "oracle_panel"]
 
-# Okabe and Ito's palette, with grey for the state that is only the point of departure.
-COLOURS: Mapping[str, str] = {
-    "before": "#9aa0a6",
-    "after": "#0072B2",
-    "random": "#E69F00",
-    "oracle": "#009E73",
-}
 _SEPARATE = ("oracle_distance", "oracle_kl")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from locate_edit.draw._figure import free_figure
+from locate_edit.draw._style import COLOURS, free_figure
 from locate_edit.errors import EditError
+from locate_edit.reports.states import TITLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,13 +15,6 @@ if TYPE_CHECKING:
     from locate_edit.reports.robustness import Robustness
 
 __all__ = ["dots"]
-
-COLOURS = {
-    "original": "#8c8c8c",
-    "edited": "#d55e00",
-    "random mask": "#56b4e9",
-    "oracle": "#0072b2",
-}
 
 
 def dots(found: Robustness) -> Axes:
@@ -65,7 +59,8 @@ def dots(found: Robustness) -> Axes:
     panels[0].set_yticks(range(len(found.trials)), [_label(t.name) for t in found.trials], size=8)
     panels[0].set_ylim(len(found.trials) - 0.5, -0.5)
     handles: list[Any] = [
-        Line2D([], [], marker="o", ls="", color=COLOURS[model], label=model) for model in models
+        Line2D([], [], marker="o", ls="", color=COLOURS[model], label=TITLES[model])
+        for model in models
     ]
     handles.append(
         Line2D([], [], marker="o", ls="", mfc="white", color="#555555", label="without the attack")

@@ -36,8 +36,9 @@ from locate_edit.metrics.values import Floats, Values, average_over_runs
 from locate_edit.metrics.whole_sets import Measured, WholeSets, key_of
 from locate_edit.prompts import PromptSet
 from locate_edit.reports.controls import Control, Editable, opened, wanted
-from locate_edit.reports.report import COLUMNS, TITLES, Cell, Example, Line, Report
+from locate_edit.reports.report import Cell, Example, Line, Report
 from locate_edit.reports.side_effects import SHOWN_TOKENS, shown_text, side_effects
+from locate_edit.reports.states import COLUMNS, TITLES
 
 __all__ = ["Editable", "Metric", "evaluate"]
 

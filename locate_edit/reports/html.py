@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from html import escape
 
-from locate_edit.reports.report import TITLES, Cell, Line, Report, number
+from locate_edit.reports.report import Cell, Line, Report, number
+from locate_edit.reports.states import TITLES
 from locate_edit.reports.text import SIDE_EFFECTS
 
 __all__ = ["page", "tables"]

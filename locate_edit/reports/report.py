@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuits.atomic import atomic_file
+from locate_edit.reports.states import COLUMNS, TITLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,18 +23,7 @@ if TYPE_CHECKING:
 
     from locate_edit.metrics.values import Values
 
-__all__ = ["COLUMNS", "TITLES", "Cell", "Example", "Line", "Report", "SideEffect", "number"]
-
-COLUMNS = ("before", "after", "random", "oracle")
-"""Every state a model is measured in, in the order of the tables."""
-
-TITLES: Mapping[str, str] = {
-    "before": "before",
-    "after": "after",
-    "random": "random mask",
-    "oracle": "oracle",
-}
-"""What the columns are called in tables and figures."""
+__all__ = ["Cell", "Example", "Line", "Report", "SideEffect", "number"]
 
 FORMAT = 1
 _ARROWS = {"up": "\u2191", "down": "\u2193"}

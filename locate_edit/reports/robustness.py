@@ -11,9 +11,8 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,14 @@ from locate_edit.editing import Edit
 from locate_edit.errors import EditError, PromptError
 from locate_edit.metrics.values import Values, average_over_runs, difference
 from locate_edit.prompts import PromptSet
-from locate_edit.reports.controls import Control, made, opened, wanted
+from locate_edit.reports.controls import Control
+from locate_edit.reports.states import COLUMNS, TITLES, Opened, states
 
-__all__ = ["MODELS", "Robustness", "Trial", "robustness"]
+__all__ = ["Robustness", "Trial", "robustness"]
 
-MODELS = ("original", "edited", "random mask", "oracle")
-"""What is attacked, in the order of the tables."""
 BROKEN = 0.5
 """An attack breaks a model where less than this share of the retain measure is left under it."""
 SPENT = "not run: the time was spent"
-
-Opened = Callable[[], AbstractContextManager[nn.Module]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +42,7 @@ class Trial:
     Attributes:
         name: what the attack is called here.
         attack: it with its hyperparameters, as text.
-        found: what came of it, by model (see `MODELS`); empty where `withheld`.
+        found: what came of it, by state (see `COLUMNS` in `reports.states`); empty where `withheld`.
         control: what it found in its positive control; None where that was not asked for or could not be made.
         withheld: why it has no numbers, if it has none; empty otherwise.
         failed: why a model has no numbers, by model.
@@ -61,7 +57,7 @@ class Trial:
     failed: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def beyond(self, model: str = "edited") -> tuple[float, float, float] | None:
+    def beyond(self, model: str = "after") -> tuple[float, float, float] | None:
         """How much more a model gives away under the attack than the oracle does, with its 95% interval.
 
         Prompts are drawn for both together. None without an oracle, or where there are fewer than two shared prompts.
@@ -107,8 +103,8 @@ class Robustness:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models that any attack has numbers of, in the order of `MODELS`."""
-        return tuple(name for name in MODELS if any(name in trial.found for trial in self.trials))
+        """The models that any attack has numbers of, in the order of the tables."""
+        return tuple(name for name in COLUMNS if any(name in trial.found for trial in self.trials))
 
     def table(self) -> list[list[str]]:
         """A header, and a row for each attack and model: each measure clean and attacked, as text.
@@ -126,13 +122,15 @@ class Robustness:
                 rows.append(
                     [trial.name, "control", *_said(trial.control), "", "hides and is found"]
                 )
-            for model in MODELS:
+            for model in COLUMNS:
                 if model in trial.found:
                     beyond = "" if model == "oracle" else _with_interval(trial.beyond(model))
                     note = "the attack breaks it" if trial.breaks(model) else ""
-                    rows.append([trial.name, model, *_said(trial.found[model]), beyond, note])
+                    rows.append(
+                        [trial.name, TITLES[model], *_said(trial.found[model]), beyond, note]
+                    )
                 elif model in trial.failed:
-                    rows.append([trial.name, model, *["-"] * 5, trial.failed[model]])
+                    rows.append([trial.name, TITLES[model], *["-"] * 5, trial.failed[model]])
         return rows
 
     def markdown(self) -> str:
@@ -220,8 +218,8 @@ def robustness(
     forget, retain = _prompts(target, forget, retain)
     if not margin > 0:
         raise EditError(f"margin must be positive, got {margin}")
-    states = _states(target, original, oracle, random, seed)
-    if controls and "original" not in states:
+    opened = states(target, original=original, oracle=oracle, random=random, seed=seed)
+    if controls and "before" not in opened:
         raise EditError(
             "the positive controls are made of the model before the edit: give the edit itself or original=, or pass "
             "controls=False and read every number as that of an untried tool"
@@ -236,14 +234,14 @@ def robustness(
             else:
                 trials.append(
                     _trial(
-                        name, attack, states, forget, retain,
+                        name, attack, opened, forget, retain,
                         margin=margin if controls else None, options=options,
                     )
                 )  # fmt: skip
             advance(name)
     settings = {
         "seed": seed, "batch_size": batch_size, "margin": margin, "controls": controls, "steps": steps,
-        "seconds": seconds, "random_masks": len(states.get("random mask", ())),
+        "seconds": seconds, "random_masks": len(opened.get("random", ())),
         "forget": {"prompts": len(forget), "digest": forget.digest},
         "retain": {"prompts": len(retain), "digest": retain.digest},
     }  # fmt: skip
@@ -253,7 +251,7 @@ def robustness(
 def _trial(
     name: str,
     attack: Attack,
-    states: Mapping[str, Sequence[Opened]],
+    opened: Mapping[str, Sequence[Opened]],
     forget: PromptSet,
     retain: PromptSet,
     *,
@@ -267,7 +265,7 @@ def _trial(
     if margin is not None:
         try:
             with (
-                states["original"][0]() as model,
+                opened["before"][0]() as model,
                 attack.hide(model, forget, **options) as hidden,
             ):
                 control = attack(hidden, forget, retain=retain, **options)
@@ -276,7 +274,7 @@ def _trial(
             withheld = f"no positive control: {type(problem).__name__}: {problem}"
     found: dict[str, Attacked] = {}
     failed: dict[str, str] = {}
-    for which, ways in {} if withheld else states.items():
+    for which, ways in {} if withheld else opened.items():
         try:
             runs = []
             for each in ways:
@@ -378,57 +376,12 @@ def _prompts(
     return forget, retain
 
 
-def _states(
-    target: Edit | nn.Module,
-    original: nn.Module | None,
-    oracle: nn.Module | None,
-    random: bool | int | Sequence[Control],
-    seed: int,
-) -> dict[str, list[Opened]]:
-    """How to open each model, by name in the order of `MODELS`; several for random masks."""
-    states: dict[str, list[Opened]] = {}
-    if isinstance(target, Edit):
-        model = target.model
-        if model is None:
-            raise EditError(
-                "the edit is not applied to a model; call .apply(model) before robustness"
-            )
-        if original is not None:
-            raise EditError(
-                "an edit brings its original model along: leave original= out, or give the edited model instead"
-            )
-        states["original"] = [target.off]
-        states["edited"] = [_open(model)]
-        if controls := made(target, wanted(target, random, seed)[0]):
-            states["random mask"] = [partial(opened, target, control) for control in controls]
-    else:
-        model = target
-        if random:
-            raise EditError("random masks need the edit itself: pass it in place of the model")
-        if original is not None:
-            if original is target:
-                raise EditError("original= is the edited model itself: load the original apart")
-            states["original"] = [_open(original)]
-        states["edited"] = [_open(model)]
-    if oracle is not None:
-        if oracle in (model, original):
-            raise EditError(
-                "the oracle is one of the attacked models: load it apart, or leave it out"
-            )
-        states["oracle"] = [_open(oracle)]
-    return states
-
-
-def _open(model: nn.Module) -> Opened:
-    return lambda: nullcontext(model)
-
-
 # ---- text --------------------------------------------------------------------------------------------------------
 
 _LEGEND = (
     "Each measure is the likelihood of the answers, or what the attack's description says; larger is more given away. "
     "In brackets: 95% bootstrap interval over prompts.",
-    "control: a model that knows the answers and hides them, which the attack must find. original: before the edit. "
+    "control: a model that knows the answers and hides them, which the attack must find. before, after: the edit. "
     "random mask: the same edit in other units. oracle: never knew.",
     "beyond oracle: attacked forget measure minus the oracle's; what is left of the knowledge shows here and nowhere "
     "else. Where retain falls, the attack breaks the model rather than finding nothing.",

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
-from locate_edit.reports.report import COLUMNS, SideEffect
+from locate_edit.reports.report import SideEffect
+from locate_edit.reports.states import COLUMNS
 
 __all__ = ["shown_text", "side_effects"]
 

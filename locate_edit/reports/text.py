@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from locate_edit.reports.report import TITLES, Cell, Line, Report, number
+from locate_edit.reports.report import Cell, Line, Report, number
+from locate_edit.reports.states import TITLES
 
 __all__ = ["SIDE_EFFECTS", "markdown", "summary"]
 

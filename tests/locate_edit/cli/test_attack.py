@@ -58,11 +58,11 @@ def test_it_writes_table_numbers_and_figure(folder: Path, tmp_path: Path) -> Non
     said = json.loads(result.stdout)
     first = said["trials"][0]
     assert "bits=6" in first["attack"]
-    assert set(first["models"]) == {"original", "edited", "oracle"}
-    same, other = (first["models"][name]["forget"] for name in ("original", "oracle"))
+    assert set(first["models"]) == {"before", "after", "oracle"}
+    same, other = (first["models"][name]["forget"] for name in ("before", "oracle"))
     assert same == other
-    edited = first["models"]["edited"]["forget_clean"]["estimate"]
-    assert edited > first["models"]["original"]["forget_clean"]["estimate"]
+    edited = first["models"]["after"]["forget_clean"]["estimate"]
+    assert edited > first["models"]["before"]["forget_clean"]["estimate"]
     names = {"robustness.json", "robustness.md", "robustness.png"}
     assert {file.name for file in out.iterdir()} == names
     assert {Path(file).name for file in said["written"]} == names
@@ -91,7 +91,7 @@ def test_what_people_read(folder: Path, tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0].split()[:3] == ["attack", "model", "forget"]
     assert [line.split()[0] for line in lines[1:5]] == [
-        "Quantisation", "edited", "Pruning", "edited",
+        "Quantisation", "after", "Pruning", "after",
     ]  # fmt: skip
 
 

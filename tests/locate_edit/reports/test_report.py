@@ -17,7 +17,8 @@ import pytest
 from rich.console import Console
 
 from circuits.atomic import StorageError
-from locate_edit.draw.report import COLOURS, before_after, metric_panel, oracle_panel
+from locate_edit.draw._style import COLOURS
+from locate_edit.draw.report import before_after, metric_panel, oracle_panel
 from locate_edit.reports.report import Cell, Example, Line, Report, SideEffect, number
 
 

@@ -101,10 +101,10 @@ def test_each_model_is_the_one_it_is_called(
     assert changed != base
     found = robustness(done, [Reads()], oracle=untouched(oracle), seed=5, batch_size=3)["Reads"]
     clean = {name: each.forget_clean.values[0] for name, each in found.found.items()}
-    assert clean == pytest.approx({"original": base, "edited": changed, "oracle": 3 * base})
+    assert clean == pytest.approx({"before": base, "after": changed, "oracle": 3 * base})
     assert found.control is not None
     assert found.control.forget_clean.values[0] == pytest.approx(base / 2)
-    assert found.found["edited"].notes == {"seed": 5, "rows": 3}
+    assert found.found["after"].notes == {"seed": 5, "rows": 3}
     beyond = found.beyond()
     assert beyond is not None
     assert beyond[0] == pytest.approx(changed - 3 * base)
@@ -136,8 +136,8 @@ def test_random_masks_are_other_masks_and_their_mean_is_told() -> None:
     ]
     assert not torch.equal(places[0], places[1])
     assert not torch.equal(places[1], places[2])
-    assert found.found["random mask"].forget.estimate == pytest.approx(3.5)
-    assert found.found["random mask"].forget_clean.estimate == pytest.approx(2.5)
+    assert found.found["random"].forget.estimate == pytest.approx(3.5)
+    assert found.found["random"].forget_clean.estimate == pytest.approx(2.5)
     done.undo()
     assert all(torch.equal(original[n], p) for n, p in net.named_parameters())
 
@@ -150,7 +150,7 @@ def test_an_attack_that_misses_its_control_has_no_number() -> None:
     assert "does not find its positive control" in first.withheld
     assert not first.found
     assert not second.withheld
-    assert set(second.found) == {"original", "edited"}
+    assert set(second.found) == {"before", "after"}
     assert robustness(done, [Reads(adds=0.29)], margin=0.2).trials[0].found
     free = robustness(done, [Reads(adds=0.0)], controls=False).trials[0]
     assert free.control is None
@@ -162,7 +162,7 @@ def test_what_fails_is_said_and_the_others_go_on() -> None:
     assert found["Fails"].withheld == "no positive control: PromptError: a masked model"
     assert found["Reads"].found
     only = robustness(edited(model("llama")), [Fails()], controls=False)["Fails"]
-    assert only.failed["edited"] == only.withheld == "PromptError: a masked model"
+    assert only.failed["after"] == only.withheld == "PromptError: a masked model"
     assert "withheld" in robustness(edited(model("llama")), [Fails()]).markdown()
 
 
@@ -183,7 +183,7 @@ def by_hand() -> Robustness:
         )  # fmt: skip
 
     good = Trial(
-        "Good", "Good()", {"original": attacked(1.0, 1.0, 1.0), "edited": attacked(0.1, 0.6, 0.4),
+        "Good", "Good()", {"before": attacked(1.0, 1.0, 1.0), "after": attacked(0.1, 0.6, 0.4),
                            "oracle": attacked(0.1, 0.2, 0.9)},
         control=attacked(0.0, 0.8, 1.0),
     )  # fmt: skip
@@ -195,9 +195,9 @@ def test_the_table_by_hand() -> None:
     header, control, original, mine, oracle, bad = by_hand().table()
     assert header[:2] == ["attack", "model"]
     assert control[:4] == ["Good", "control", "0.000", "0.800 (0.700 to 0.900)"]
-    assert original[1:4] == ["original", "1.000", "1.000 (1.000 to 1.000)"]
+    assert original[1:4] == ["before", "1.000", "1.000 (1.000 to 1.000)"]
     assert mine == [
-        "Good", "edited", "0.100", "0.600 (0.500 to 0.700)", "1.000", "0.400", "0.400 (0.400 to 0.400)",
+        "Good", "after", "0.100", "0.600 (0.500 to 0.700)", "1.000", "0.400", "0.400 (0.400 to 0.400)",
         "the attack breaks it",
     ]  # fmt: skip
     assert oracle[6:] == ["", ""]
@@ -217,7 +217,7 @@ def test_files_and_figure(tmp_path: Path) -> None:
         "robustness.json", "robustness.md", "robustness.png",
     ]  # fmt: skip
     said = json.loads(written[0].read_text())
-    edited_ = said["trials"][0]["models"]["edited"]
+    edited_ = said["trials"][0]["models"]["after"]
     assert edited_["forget"]["estimate"] == pytest.approx(0.6)
     assert edited_["broken"] is True
     assert edited_["beyond oracle"] == pytest.approx([0.4, 0.4, 0.4])
@@ -245,7 +245,7 @@ def test_files_and_figure(tmp_path: Path) -> None:
         ({"attacks": [Reads(), Reads()]}, "two attacks are called 'Reads"),
         ({"margin": 0.0}, "margin must be positive"),
         ({"original": "other"}, "brings its original model along"),
-        ({"oracle": "same"}, "the oracle is one of the attacked"),
+        ({"oracle": "same"}, "the oracle is one of the other models"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], says: str) -> None:
@@ -266,7 +266,7 @@ def test_a_model_without_its_edit_and_an_edit_that_is_not_applied() -> None:
     with pytest.raises(EditError, match="random masks need the edit"):
         robustness(net, [Reads()], forget, retain, original=before, random=1)
     found = robustness(net, [Reads()], forget, retain, original=before)
-    assert found.models == ("original", "edited")
+    assert found.models == ("before", "after")
     done = edited(net)
     done.undo()
     with pytest.raises(EditError, match=re.escape("call .apply(model)")):
@@ -288,7 +288,7 @@ def test_on_the_organism_rounding_finds_its_control(
     )
     trial = found["Quantisation"]
     assert not trial.withheld
-    original, mine = trial.found["original"], trial.found["edited"]
+    original, mine = trial.found["before"], trial.found["after"]
     assert original.forget_clean.estimate == pytest.approx(1.0, abs=0.05)
     assert mine.forget_clean.estimate == pytest.approx(measure(net, forget).estimate)
     assert (mine.forget_clean.estimate or 1.0) < 0.5
