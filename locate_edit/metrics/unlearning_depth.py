@@ -23,7 +23,7 @@ neurons (located or random) and of all weights score alike, 0.73 to 0.78. Read t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,14 @@ from locate_edit.metrics.running import evaluating, scored_batches
 from locate_edit.metrics.values import Floats, Values
 from locate_edit.prompts import Batch, PromptSet
 
-__all__ = ["Depth", "from_costs", "transplant_costs", "unlearning_depth"]
+__all__ = [
+    "Depth",
+    "continued",
+    "from_costs",
+    "read_streams",
+    "transplant_costs",
+    "unlearning_depth",
+]
 
 _NAME, _UNIT = "unlearning_depth", "fraction"
 
@@ -121,6 +128,10 @@ def unlearning_depth(
     the oracle's at the places that predict the target; S2_l the same with the edited model's. Over the knowledge
     layers of a prompt, those with S1_l > threshold, its score is sum_l S1_l clip(S2_l / S1_l, 0, 1) / sum_l S1_l. The
     average is over the prompts that have such a layer. Token weights enter the mean log-probability.
+
+    Direction: down, better known: 0 is silenced only.
+    Needs: an oracle whose residual stream fits the original's, which `retain` prompts tell, and a knowledge layer.
+    Cost: layers + 2 forwards a prompt, twice, and a retain prompt, once (twice with `other_oracle`).
 
     Args:
         edited: the model in question.
@@ -221,35 +232,73 @@ def transplant_costs(
         LocateEditError: models of different sizes.
         PromptError: prompts that are too long for a model.
     """
-    giver, taker = describe(source), describe(target)
-    _check_alike(giver, taker)
-    for model in (source, target):
-        prompts.check_context(model)
-    sites = [Site(layer, "layer") for layer in range(taker.n_layers)]
-    total = np.zeros((len(prompts), len(sites)))
+    _check_alike(describe(source), describe(target))
+    streams = read_streams(source, prompts, batch_size=batch_size)
+    lost = continued(target, prompts, streams, batch_size=batch_size)
+    return np.asarray(continued(target, prompts, None, batch_size=batch_size) - lost)
+
+
+Streams = Iterable[Mapping[Site, Tensor]]
+"""Of each batch of a prompt set the residual stream after each layer, `label d_model`."""
+
+
+def read_streams(model: nn.Module, prompts: PromptSet, *, batch_size: int = 16) -> Streams:
+    """The residual stream after each layer at the places that predict scored tokens, a batch at a time.
+
+    Read as they are asked for: make a list of them before the model changes, which holds `layers * labels * d_model`
+    numbers.
+
+    Raises:
+        PromptError: prompts that are too long for the model.
+    """
+    prompts.check_context(model)
+    about = describe(model)
+    sites = [Site(layer, "layer") for layer in range(about.n_layers)]
+    with torch.no_grad(), evaluating(model):
+        for batch in scored_batches(model, prompts, batch_size):
+            with capture(about, sites, stop=True) as found:
+                model(**model_inputs(model, batch))
+            yield {site: found[site][batch.row, batch.pos] for site in sites}
+
+
+def continued(
+    model: nn.Module, prompts: PromptSet, streams: Streams | None, *, batch_size: int = 16
+) -> Floats:
+    """Mean log-probability of each item when the model goes on from given streams, `item layer` (nats a token).
+
+    After one layer at a time, at the places that predict scored tokens, its own residual stream makes way for the given
+    one. NaN for items whose weights are all 0.
+
+    Args:
+        model: the model that goes on.
+        prompts: the prompts.
+        streams: of a model of equal sizes on the same prompts in batches of the same size, see `read_streams`; None
+            leaves the model its own, `item 1`.
+        batch_size: rows a forward pass; there is one pass a layer.
+
+    Raises:
+        PromptError: prompts that are too long for the model.
+    """
+    prompts.check_context(model)
+    about = describe(model)
+    sites = [Site(layer, "layer") for layer in range(about.n_layers)]
+    total = np.zeros((len(prompts), 1 if streams is None else len(sites)))
     mass = np.zeros(len(prompts))
-    with torch.no_grad(), evaluating(source), evaluating(target):
-        for batch in scored_batches(target, prompts, batch_size):
-            streams = _streams(giver, batch, sites)
-            before = _log_probs(target, batch)
+    given = iter(streams) if streams is not None else None
+    with torch.no_grad(), evaluating(model):
+        for batch in scored_batches(model, prompts, batch_size):
             items = np.array(batch.items)[batch.item.cpu().numpy()]
             weight = batch.weight.double().cpu().numpy()
             np.add.at(mass, items, weight)
+            if given is None:
+                np.add.at(total[:, 0], items, weight * _log_probs(model, batch))
+                continue
+            stream = next(given)
             for layer, site in enumerate(sites):
-                with replace(taker, {site: _put(batch, streams[site])}):
-                    after = _log_probs(target, batch)
-                lost = (before - after).double().cpu().numpy()
-                np.add.at(total[:, layer], items, weight * lost)
+                with replace(about, {site: _put(batch, stream[site])}):
+                    np.add.at(total[:, layer], items, weight * _log_probs(model, batch))
     empty = mass[:, None] <= 0
     return np.asarray(np.where(empty, np.nan, total / np.where(empty, 1.0, mass[:, None])))
-
-
-def _streams(model_map: ModelMap, batch: Batch, sites: list[Site]) -> dict[Site, Tensor]:
-    """The source's stream after each layer at the places that predict labels, `label d_model`."""
-    there = batch.to(next(model_map.model.parameters()).device)
-    with capture(model_map, sites, stop=True) as found:
-        model_map.model(**model_inputs(model_map.model, there))
-    return {site: found[site][there.row, there.pos] for site in sites}
 
 
 def _put(batch: Batch, stream: Tensor) -> Callable[[Tensor], Tensor]:
@@ -259,8 +308,11 @@ def _put(batch: Batch, stream: Tensor) -> Callable[[Tensor], Tensor]:
     return put
 
 
-def _log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    return token_log_probs(labelled_logits(model, batch), batch.label)
+def _log_probs(model: nn.Module, batch: Batch) -> Floats:
+    found: Floats = (
+        token_log_probs(labelled_logits(model, batch), batch.label).double().cpu().numpy()
+    )
+    return found
 
 
 def _erased(s1: Floats, s2: Floats) -> Floats:
