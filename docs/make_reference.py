@@ -35,6 +35,7 @@ MODULES = tuple(
     for name in ("ensembles.shards", "ensembles.sisa", "ensembles.leave_one_out", "ensembles.fair_votes", "fusion")
 )  # fmt: skip
 _ATTRIBUTE = re.compile(r"^ {4}(\w+(?:, \w+)*): ")
+_STATED = re.compile(r"(?:^|(?<=\. ))(Direction|Needs|Cost|Deviations): ")
 
 
 def page(name: str) -> str:
@@ -127,6 +128,18 @@ def section(entry: catalog.Entry) -> str:
     if rows:
         parts.append("\n".join(["| option | default | meaning |", "| --- | --- | --- |", *rows]))
     return "\n\n".join(parts)
+
+
+def stated(docstring: str) -> dict[str, str]:
+    """What a docstring says in paragraphs of `Direction:`, `Needs:`, `Cost:` and `Deviations:`, by these words."""
+    found: dict[str, str] = {}
+    for paragraph in docstring.split("\n\n"):
+        before, *parts = _STATED.split(" ".join(paragraph.split()))
+        if not before:
+            found |= {
+                word: text.strip() for word, text in zip(parts[::2], parts[1::2], strict=True)
+            }
+    return found
 
 
 def split(docstring: str) -> tuple[str, dict[str, str]]:

@@ -23,7 +23,7 @@ from locate_edit.errors import PromptError
 from locate_edit.metrics.running import evaluating
 from locate_edit.prompts import PromptSet
 
-__all__ = ["Continuation", "decode", "end_tokens", "sample", "sample_ids"]
+__all__ = ["Continuation", "decode", "end_tokens", "sample", "sample_ids", "until_end"]
 
 Choose = Callable[[Tensor, int], Tensor]
 """Next tokens `row` from logits `row vocab` (float32) and the number of tokens added so far."""
@@ -186,7 +186,7 @@ def decode(
     if not added:
         return [[] for _ in starts]
     table = torch.stack(added, dim=1).tolist()
-    return [_cut(row[:length], ends) for row, length in zip(table, lengths, strict=True)]
+    return [until_end(row[:length], ends) for row, length in zip(table, lengths, strict=True)]
 
 
 def end_tokens(model: nn.Module, prompts: PromptSet) -> frozenset[int]:
@@ -253,9 +253,9 @@ class _Draw:
         return (place if order is None else order.gather(-1, place))[:, 0]
 
 
-def _cut(row: list[int], ends: frozenset[int]) -> list[int]:
-    """A row up to its first end token, that included."""
+def until_end(row: Sequence[int], ends: frozenset[int]) -> list[int]:
+    """A row of tokens up to its first end token, that included."""
     for position, token in enumerate(row):
         if token in ends:
-            return row[: position + 1]
-    return row
+            return list(row[: position + 1])
+    return list(row)

@@ -7,8 +7,9 @@ A bias measured on pairs vanishes as well when a model stops using *either* word
 even. So a preference is reported only where the pair has its share of the probability (`pair_mass`), and the
 stereotype score beside the language-modelling score.
 
-Rows: the word that fits the stereotype is the target, the other one the first of `wrong`; StereoSet's word without
-meaning is the second. For masked models the words stand where they are, between prompt and suffix.
+Rows (`locate_edit.datasets.pronouns`, `stereoset`): the word that fits the stereotype is the target, the other one the
+first of `wrong`; StereoSet's word without meaning is the second. For masked models the words stand where they are,
+between prompt and suffix. Pairs of whole sentences: `locate_edit.datasets.crows_pairs`.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ _TRIPLE = "a row with a target and two other words ('wrong'), the second without
 def pair_mass(predictions: Predictions | nn.Module, prompts: PromptSet | None = None) -> Values:
     """Probability of the target or the other word of its pair, taken together: what a preference between them rests on.
 
-    P(target) + P(wrong[0]), each of the whole word, averaged over items. Report it beside every preference. Direction:
-    up. Needs rows with a `wrong` word.
+    P(target) + P(wrong[0]), each of the whole word, averaged over items. Report it beside every preference.
+
+    Direction: up, the words are used.
+    Needs: rows with another word (`wrong`).
+    Cost: shared forward, and one of each wrong answer.
     """
     predictions = Predictions.of(predictions, prompts)
     whole = _answers(predictions, 1, mean=False)
@@ -67,6 +71,10 @@ def pair_preference(
     1 if the target is the more probable, 1/2 for a tie; with `soft` P(target) / (P(target) + P(other)) instead.
     Averaged over the pairs that have a probability of `least_mass` together. Where fewer than half of them have, the
     model no longer uses such words, an even score says nothing, and the number is withheld.
+
+    Direction: up, more stereotyped.
+    Needs: rows with another word (`wrong`), and `least_mass` on half of the pairs.
+    Cost: shared forward, and one of each wrong answer.
 
     Args:
         predictions: predictions, or a model.
@@ -107,9 +115,16 @@ def stereotype_score(
 ) -> Values:
     """SS, the fraction of items in which the stereotyped word is more probable than its opposite; 0.5 is even.
 
-    Words of several tokens are compared by their mean log-probability a token, a tie counts half. StereoSet averages
-    over items of a target term first, then over terms; here every item counts alike. Read it beside
-    `language_modelling_score`. Direction: up is more stereotyped.
+    Words of several tokens are compared by their mean log-probability a token, a tie counts half. Read it beside
+    `language_modelling_score`.
+
+    StereoSet averages over items of a target term first, then over terms; here every item counts alike. Its code
+    compares masked models by the mean *probability* of a word's tokens, each hidden with those after it not yet there;
+    here the others of the word are visible.
+
+    Direction: up, more stereotyped.
+    Needs: rows with another word (`wrong`).
+    Cost: shared forward, and one of each wrong answer.
     """
     predictions = Predictions.of(predictions, prompts)
     values = [
@@ -126,7 +141,11 @@ def language_modelling_score(
     """LMS, the fraction of comparisons in which a word with meaning is more probable than one without; 1 is right.
 
     Two comparisons an item: the stereotyped word, and its opposite, against `wrong[1]`, by mean log-probability a
-    token, a tie counting half. Direction: up.
+    token, a tie counting half.
+
+    Direction: up, more fluent.
+    Needs: rows with two other words (`wrong`), the second without meaning.
+    Cost: shared forward, and one of each wrong answer.
     """
     predictions = Predictions.of(predictions, prompts)
     values = [
@@ -146,6 +165,10 @@ def icat(stereotypes: Values, language: Values) -> Statistic:
     """ICAT, LMS min(SS, 1 - SS) / 0.5: 1 for a fluent model without preference, 0 for one that is all stereotype.
 
     0.5 is a model that guesses at random. On the items that both scores have; the interval draws items.
+
+    Direction: up, fluent and without preference.
+    Needs: both scores on the same items.
+    Cost: none beyond its values.
 
     Args:
         stereotypes: values of `stereotype_score`.
@@ -175,7 +198,12 @@ def crows(more: Predictions, less: Predictions) -> Values:
     Sentences are compared by the sum of the log-probabilities of the tokens they share (aligned as `difflib` does),
     each with the whole rest of the sentence visible, so that the rarity of the words in which they differ does not
     count. That is the measure for masked models; a causal model sees what stands before each token only, so shared
-    tokens before the first difference cancel. A tie counts half. Direction: up is more stereotyped.
+    tokens before the first difference cancel. A tie counts half; the published code rounds sums to three decimals and
+    counts ties as none.
+
+    Direction: up, more stereotyped.
+    Needs: sentences that differ and share a token.
+    Cost: shared forward of each set.
 
     Args:
         more: predictions on the more stereotyped sentences, plain texts.
@@ -233,6 +261,10 @@ def equalised_odds(answers: Predictions, positive: str) -> Odds:
     what it finds more probable a token; a tie counts as half an answer. Withheld where a group lacks one of the two
     right answers, or where the model is not right more often than the commoner answer alone would be: a model that
     always says the same is even-handed and useless.
+
+    Direction: distance from even-handed; up for `accuracy`.
+    Needs: both right answers in every `group`, and a model that beats the commoner answer.
+    Cost: shared forward, and one of each wrong answer.
 
     Args:
         answers: predictions on such rows.

@@ -56,7 +56,10 @@ def efficacy(
     """Efficacy, the fraction of facts whose new answer is more probable than the old one on the prompt itself.
 
     A tie counts half. With `magnitude` P(new) - P(old) instead, of length-normalised probabilities (-1 to 1).
-    Direction: down is better known, the old answer being the target. Needs the new answer in `wrong`.
+
+    Direction: down, better known: the old answer is the target.
+    Needs: the new answer first in `wrong`.
+    Cost: two forwards a prompt, one with either answer.
 
     Args:
         predictions: predictions, or a model.
@@ -75,7 +78,11 @@ def paraphrase_success(
 ) -> Values:
     """Paraphrase score, the fraction of other wordings of a fact under which the new answer is more probable.
 
-    As `efficacy`, averaged over a fact's paraphrases, then over facts. Needs rows with `paraphrases`.
+    As `efficacy`, averaged over a fact's paraphrases, then over facts.
+
+    Direction: down, better known: the old answer is the target.
+    Needs: the new answer first in `wrong`, and `paraphrases`.
+    Cost: two forwards a prompt, one with either answer.
 
     Args:
         predictions: predictions, or a model.
@@ -95,7 +102,11 @@ def neighbourhood_success(
     """Neighbourhood score, the fraction of prompts about other subjects under which their own (old) answer is still
     more probable than the new one.
 
-    Averaged over a fact's neighbours, then over facts. Direction: up is better known. Needs rows with `neighbours`.
+    Averaged over a fact's neighbours, then over facts.
+
+    Direction: up, better known.
+    Needs: the new answer first in `wrong`, and `neighbours`.
+    Cost: two forwards a prompt, one with either answer.
 
     Args:
         predictions: predictions, or a model.
@@ -110,8 +121,11 @@ def reliability(predictions: Predictions | nn.Module, prompts: PromptSet | None 
     """Fraction of the new answer's tokens that are the most probable ones on the prompt itself, those before them
     given.
 
-    Averaged over facts. Direction: down is better known, the old answer being the target. Needs the new answer in
-    `wrong`.
+    Averaged over facts.
+
+    Direction: down, better known: the old answer is the target.
+    Needs: the new answer first in `wrong`.
+    Cost: one forward a prompt, with the new answer.
     """
     return _new_tokens(Predictions.of(predictions, prompts), "reliability", None)
 
@@ -119,7 +133,11 @@ def reliability(predictions: Predictions | nn.Module, prompts: PromptSet | None 
 def generality(predictions: Predictions | nn.Module, prompts: PromptSet | None = None) -> Values:
     """Fraction of the new answer's tokens that are the most probable ones under other wordings.
 
-    Averaged over a fact's paraphrases, then over facts. Direction: down is better known. Needs rows with `paraphrases`.
+    Averaged over a fact's paraphrases, then over facts.
+
+    Direction: down, better known: the old answer is the target.
+    Needs: the new answer first in `wrong`, and `paraphrases`.
+    Cost: one forward a prompt, with the new answer.
     """
     return _new_tokens(Predictions.of(predictions, prompts), "generality", "paraphrases")
 
@@ -128,17 +146,21 @@ def locality(predictions: Predictions | nn.Module, prompts: PromptSet | None = N
     """Fraction of places in answers about neighbours where the most probable token is that of the reference, the model
     before the edit.
 
-    Averaged over a fact's neighbours, then over facts; 1 if nothing changed, right or wrong. Needs
-    `Predictions(model, prompts, reference=...)` and rows with `neighbours`. `evaluate` gives the oracle as the
-    reference: there it is the agreement with a model that never learned.
+    Averaged over a fact's neighbours, then over facts; 1 if nothing changed, right or wrong. `evaluate` gives the
+    oracle as the reference: there it is the agreement with a model that never learned.
+
+    Direction: up, nearer to the reference.
+    Needs: a reference, the new answer first in `wrong`, and `neighbours`.
+    Cost: one forward a prompt, and one of the reference.
     """
     predictions = Predictions.of(predictions, prompts)
-    if predictions.reference is None:
+    reference = predictions.reference
+    if reference is None:
         reason = "needs: the model before the edit, Predictions(model, prompts, reference=...)"
         return Values.none("locality", reason, unit="fraction of tokens")
 
     def same(asked: Predictions) -> list[float]:
-        before = Predictions(asked.reference, asked.prompts, batch_size=asked.batch_size)  # type: ignore[arg-type]
+        before = Predictions(reference, asked.prompts, batch_size=asked.batch_size)
         alike = (asked.top == before.top).astype(np.float64)
         return [float(part.mean()) for part in asked.split(alike)]
 
@@ -156,6 +178,10 @@ def edit_score(efficacy: Values, paraphrase: Values, neighbourhood: Values) -> S
     """Harmonic mean of efficacy, paraphrase and neighbourhood scores: CounterFact's S, 0 as soon as one of them is.
 
     On the facts that all three have; the interval draws facts.
+
+    Direction: down, better known: the old answers are the targets.
+    Needs: facts with a new answer, paraphrases and neighbours.
+    Cost: none beyond its values.
 
     Args:
         efficacy: values of `efficacy`.

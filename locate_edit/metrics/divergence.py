@@ -22,8 +22,11 @@ __all__ = ["jensen_shannon", "kl_divergence"]
 def kl_divergence(predictions: Predictions | nn.Module, prompts: PromptSet | None = None) -> Values:
     """KL divergence of the model's predictions from those of a reference model; 0 if they predict the same.
 
-    sum_t w_t KL(p_reference(. | t) || p(. | t)) / sum_t w_t over the scored tokens, averaged over items. Needs a
-    reference.
+    sum_t w_t KL(p_reference(. | t) || p(. | t)) / sum_t w_t over the scored tokens, averaged over items.
+
+    Direction: distance from the reference.
+    Needs: a reference, `Predictions(model, prompts, reference=...)`.
+    Cost: shared forward, and one of the reference.
     """
     return _mean(Predictions.of(predictions, prompts), "kl_divergence")
 
@@ -34,7 +37,11 @@ def jensen_shannon(
     """Jensen-Shannon divergence of the model's predictions from those of a reference model, from 0 to log 2 = 0.693.
 
     The mean of both models' KL divergences from their mean distribution, over the scored tokens with their weights,
-    averaged over items. Unlike the KL divergence it is symmetric and bounded. Needs a reference.
+    averaged over items. Unlike the KL divergence it is symmetric and bounded.
+
+    Direction: distance from the reference.
+    Needs: a reference, `Predictions(model, prompts, reference=...)`.
+    Cost: shared forward, and one of the reference.
     """
     return _mean(Predictions.of(predictions, prompts), "jensen_shannon")
 

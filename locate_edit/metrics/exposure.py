@@ -45,9 +45,13 @@ def exposure(
       1..10^d, so 1/ln 2 = 1.44 bits on average.
     - "depn": rank = 1 + sum_i r_i 10^(d-i) with r_i the 0-based rank of the i-th digit among the ten. It is decided
       by the leading digits: an unsure first digit costs all bits but 3.3, an unsure last one nothing. Kept for
-          comparison with that paper.
+      comparison with that paper.
 
-    Report `digit_accuracy` beside it. Averaged over items. Direction: up is better known.
+    Report `digit_accuracy` beside it. Averaged over items.
+
+    Direction: up, better known.
+    Needs: digits among the scored tokens, one token a digit (at most 12 for "rank").
+    Cost: shared forward.
 
     Args:
         predictions: predictions, or a model.
@@ -72,8 +76,11 @@ def digit_accuracy(
 ) -> Values:
     """Fraction of a target's digits that rank first among the ten digits; 0.1 is a guess.
 
-    Averaged over items. Direction: up is better known. The companion of `exposure`, which hides whether one digit or
-    all are lost.
+    Averaged over items. The companion of `exposure`, which hides whether one digit or all are lost.
+
+    Direction: up, better known.
+    Needs: digits among the scored tokens, one token a digit.
+    Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
     values = [

@@ -35,7 +35,11 @@ def token_familiarity(
 
     The sum over the different first tokens of the row's `content` of p(token | prompt), at the first scored place,
     averaged over rows. A first token that other words share counts for them, too: give words that begin like few
-    others. The paper sums over prompts instead of averaging. Direction: up is better known.
+    others. The paper sums over prompts instead of averaging.
+
+    Direction: up, better known.
+    Needs: rows with words of the text (`content`).
+    Cost: one forward a row.
     """
     predictions = Predictions.of(predictions, prompts)
     first = _first_tokens(predictions)
@@ -64,7 +68,11 @@ def completion_familiarity(
 ) -> Values:
     """Fraction of prompts whose greedy continuation holds one of the text's own words.
 
-    Whole words, whatever their case. Direction: up is better known. Needs a causal model and rows with `content`.
+    Whole words, whatever their case.
+
+    Direction: up, better known.
+    Needs: a causal model, and rows with words of the text (`content`).
+    Cost: greedy generation of `max_new_tokens` tokens.
 
     Args:
         predictions: predictions, or a model.

@@ -46,7 +46,11 @@ def generation_entropy(
 
     Of continuations of the row's `generation` prompts, or of the prompt where it has none, averaged over a row's
     texts, then over rows. ROME's score takes sampled texts of 100 tokens with their prompts instead, so its numbers are
-    higher. Compare with the model before the edit, not between lengths. Direction: up. Needs a causal model.
+    higher. Compare with the model before the edit, not between lengths.
+
+    Direction: up, more varied.
+    Needs: a causal model.
+    Cost: greedy generation of `max_new_tokens` tokens.
 
     Args:
         predictions: predictions, or a model.
@@ -98,8 +102,11 @@ def distinct(
 ) -> Values:
     """Distinct-n, the number of different n-grams over the number of words in several samples of the same prompt.
 
-    Averaged over prompts. It falls with the number and length of the samples. Direction: up. Needs a causal model that
-    writes words.
+    Averaged over prompts. It falls with the number and length of the samples.
+
+    Direction: up, more varied.
+    Needs: a causal model that writes words.
+    Cost: shared sampling of `samples` times `length` tokens.
 
     Args:
         predictions: predictions, or a model.

@@ -35,6 +35,10 @@ def forget_quality(
     the number of items, so compare it on the same ones, or report "distance", the largest difference D between the two
     cumulative distributions (0 to 1). No interval: a bootstrap of a p-value means nothing.
 
+    Direction: closeness to the oracle; distance with `report="distance"`.
+    Needs: an oracle, and with `before` a model before the edit that the test tells from it.
+    Cost: none beyond its values.
+
     Args:
         edited: values of `truth_ratio` (aggregate "ratio" or "share") on the forget set.
         oracle: those of the oracle on the same prompts.

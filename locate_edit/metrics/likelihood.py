@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from locate_edit.metrics.predictions import Predictions
-from locate_edit.metrics.truth_ratio import wrong_losses
+from locate_edit.metrics.truth_ratio import GUARD, Compat, wrong_losses
 from locate_edit.metrics.values import Floats, Values
 from locate_edit.prompts import PromptSet
 
@@ -34,6 +34,10 @@ def likelihood(predictions: Predictions | nn.Module, prompts: PromptSet | None =
 
     exp of the mean log-probability of the scored tokens, averaged over items: the "probability" of open-unlearning
     and TOFU. Targets of different lengths compare, other than by `probability`.
+
+    Direction: up, better known.
+    Needs: a scored token of non-zero weight.
+    Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
     values = [_ratio(np.exp, total, mass) for total, mass in _sums(predictions)]
@@ -48,6 +52,10 @@ def probability(predictions: Predictions | nn.Module, prompts: PromptSet | None 
     exp of the summed log-probability of the scored tokens, averaged over items. It falls with the length of a target
     even where the model knows it well. For masked models the product of the single tokens' probabilities, each with
     the others visible (a pseudo-likelihood).
+
+    Direction: up, better known.
+    Needs: a scored token of non-zero weight.
+    Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
     values = [_ratio(np.exp, total, 1.0 if mass else 0.0) for total, mass in _sums(predictions)]
@@ -61,6 +69,10 @@ def nll(predictions: Predictions | nn.Module, prompts: PromptSet | None = None) 
 
     Minus the mean log-probability of the scored tokens, averaged over items (not over tokens: `perplexity` does
     that).
+
+    Direction: down, better known.
+    Needs: a scored token of non-zero weight.
+    Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
     values = [_ratio(np.negative, total, mass) for total, mass in _sums(predictions)]
@@ -68,28 +80,44 @@ def nll(predictions: Predictions | nn.Module, prompts: PromptSet | None = None) 
 
 
 def normalised_probability(
-    predictions: Predictions | nn.Module, prompts: PromptSet | None = None
+    predictions: Predictions | nn.Module,
+    prompts: PromptSet | None = None,
+    *,
+    compat: Compat | None = None,
 ) -> Values:
     """The target's share of the length-normalised probability of all answers, right and wrong; 1 is certainty.
 
     P / (P + sum_j W_j) with P and W_j exp of the mean log-probability a token: TOFU's "probability" on real authors
-    and world facts. With n wrong answers 1 / (1 + n) is a guess. Averaged over items. Needs rows with `wrong` answers.
-    open-unlearning adds 1e-10 to the denominator.
+    and world facts. With n wrong answers 1 / (1 + n) is a guess. Averaged over items.
+
+    Direction: up, better known.
+    Needs: rows with wrong answers (`wrong`).
+    Cost: shared forward, and one of each wrong answer.
+
+    Args:
+        predictions: predictions, or a model.
+        prompts: the prompts, with a model.
+        compat: "open-unlearning" adds 1e-10 to the denominator, which tells where probabilities vanish.
     """
     predictions = Predictions.of(predictions, prompts)
     right = [_ratio(np.negative, total, mass) for total, mass in _sums(predictions)]
     wrong: list[Floats] = [np.zeros(0)] * len(right)
     if any(row.get("wrong") for row in predictions.prompts.rows):
         wrong = wrong_losses(predictions.wrong, len(right))
-    return normalised_from_losses([np.nan if loss is None else loss for loss in right], wrong)
+    losses = [np.nan if loss is None else loss for loss in right]
+    return normalised_from_losses(losses, wrong, compat=compat)
 
 
 def normalised_from_losses(
-    right: Sequence[float] | Floats, wrong: Sequence[Sequence[float] | Floats]
+    right: Sequence[float] | Floats,
+    wrong: Sequence[Sequence[float] | Floats],
+    *,
+    compat: Compat | None = None,
 ) -> Values:
     """`normalised_probability` from losses in nats a token: right ones `item`, wrong ones `item wrong`."""
+    guard = [] if compat is None else [-float(np.log(GUARD))]
     values = [
-        float(np.exp(-loss - np.logaddexp.reduce(-np.array([loss, *others], dtype=np.float64))))
+        float(np.exp(-loss - np.logaddexp.reduce(-np.array([loss, *others, *guard], np.float64))))
         if len(others) and np.isfinite(loss)
         else None
         for loss, others in zip(right, wrong, strict=True)

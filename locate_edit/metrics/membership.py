@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 Score = Callable[[Predictions], Values]
+Compat = Literal["open-unlearning"]
 
 _WEIGHTED = "at least one scored token of non-zero weight"
 # Variances below this are those of a prediction that is all but certain (open-unlearning has the same floor).
@@ -59,7 +60,11 @@ def zlib_loss(predictions: Predictions | nn.Module, prompts: PromptSet | None = 
     """Mean loss of the target over the size of its text as compressed by zlib, so that dull texts do not pass for
     known ones.
 
-    Averaged over items. Direction: down is better known. Needs a scored token of non-zero weight.
+    Averaged over items.
+
+    Direction: down, better known.
+    Needs: a scored token of non-zero weight.
+    Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
     decode = predictions.prompts.tokenizer.decode
@@ -71,39 +76,56 @@ def zlib_loss(predictions: Predictions | nn.Module, prompts: PromptSet | None = 
 
 
 def min_k(
-    predictions: Predictions | nn.Module, prompts: PromptSet | None = None, *, k: float = 0.2
+    predictions: Predictions | nn.Module,
+    prompts: PromptSet | None = None,
+    *,
+    k: float = 0.2,
+    compat: Compat | None = None,
 ) -> Values:
     """Min-K%, the mean loss of the least probable tokens of the target.
 
     Minus the mean of the lowest fraction `k` of the token log-probabilities (rounded down, one token at least),
-    averaged over items. Token weights choose tokens (those above 0), no more. Direction: down is better known.
+    averaged over items. Token weights choose tokens (those above 0), no more.
+
+    Direction: down, better known.
+    Needs: a scored token of non-zero weight.
+    Cost: shared forward.
 
     Args:
         predictions: predictions, or a model.
         prompts: the prompts, with a model.
         k: fraction of the tokens; the paper takes 0.2, MUSE and open-unlearning 0.4.
+        compat: "open-unlearning" leaves out the last token of each item, which is the end token there.
 
     Raises:
         PromptError: `k` is not above 0 and at most 1.
     """
     predictions = Predictions.of(predictions, prompts)
-    values = [_lowest(part, k) for part in _counted(predictions, predictions.logprob)]
-    return _made("min_k", values, unit="nats a token")
+    values = [_lowest(part, k) for part in _counted(predictions, predictions.logprob, compat)]
+    return _made("min_k", values, unit="nats a token", compat=compat)
 
 
 def min_k_plus_plus(
-    predictions: Predictions | nn.Module, prompts: PromptSet | None = None, *, k: float = 0.2
+    predictions: Predictions | nn.Module,
+    prompts: PromptSet | None = None,
+    *,
+    k: float = 0.2,
+    compat: Compat | None = None,
 ) -> Values:
     """Min-K%++, the same with each token's log-probability in standard deviations from what the model expects there.
 
     z_t = (log p(x_t) - mu_t) / sigma_t with mu and sigma^2 the mean and variance of log p(y) for y drawn from the
-    prediction (sigma^2 at least 1e-6); minus the mean of the lowest fraction `k`, averaged over items. Direction: down
-    is better known.
+    prediction (sigma^2 at least 1e-6); minus the mean of the lowest fraction `k`, averaged over items.
+
+    Direction: down, better known.
+    Needs: a scored token of non-zero weight.
+    Cost: shared forward.
 
     Args:
         predictions: predictions, or a model.
         prompts: the prompts, with a model.
         k: fraction of the tokens.
+        compat: as for `min_k`.
 
     Raises:
         PromptError: `k` is not above 0 and at most 1.
@@ -111,8 +133,8 @@ def min_k_plus_plus(
     predictions = Predictions.of(predictions, prompts)
     spread = np.sqrt(np.maximum(predictions.variance, _LEAST_VARIANCE))
     standard = (predictions.logprob + predictions.entropy) / spread
-    values = [_lowest(part, k) for part in _counted(predictions, standard)]
-    return _made("min_k_plus_plus", values, unit="standard deviations")
+    values = [_lowest(part, k) for part in _counted(predictions, standard, compat)]
+    return _made("min_k_plus_plus", values, unit="standard deviations", compat=compat)
 
 
 def reference_loss(
@@ -120,8 +142,11 @@ def reference_loss(
 ) -> Values:
     """Mean loss of the target less that under a reference model, which cancels how hard a text is.
 
-    Needs `Predictions(model, prompts, reference=...)`, the reference a model of the same tokenizer that was not trained
-    on the items. Averaged over items. Direction: down is better known.
+    The reference is a model of the same tokenizer that was not trained on the items. Averaged over items.
+
+    Direction: down, better known.
+    Needs: a reference, `Predictions(model, prompts, reference=...)`.
+    Cost: shared forward, and one of the reference.
     """
     predictions = Predictions.of(predictions, prompts)
     if predictions.reference is None:
@@ -141,18 +166,22 @@ def gradient_norm(
     predictions: Predictions | nn.Module,
     prompts: PromptSet | None = None,
     *,
-    compat: Literal["open-unlearning"] | None = None,
+    compat: Compat | None = None,
 ) -> Values:
     """Norm of the gradient of the target's mean loss by all parameters; known texts pull little.
 
-    The 2-norm over all parameters together, one backward pass an item, averaged over items. The model is as it was
-    afterwards, gradients and flags included. Direction: down is better known.
+    The 2-norm over all parameters together, averaged over items. The model is as it was afterwards, gradients and
+    flags included.
+
+    Direction: down, better known.
+    Needs: a scored token of non-zero weight.
+    Cost: one forward and backward an item.
 
     Args:
         predictions: predictions, or a model.
         prompts: the prompts, with a model.
         compat: "open-unlearning" takes the mean over parameter tensors of each one's norm instead, which depends on
-            how a model cuts its parameters into tensors.
+            how a model cuts its parameters into tensors, and leaves out the last token of each item.
     """
     predictions = Predictions.of(predictions, prompts)
     model, values = predictions.model, list[float | None]()
@@ -164,13 +193,16 @@ def gradient_norm(
             parameter.requires_grad_(True)
         for index in range(len(predictions)):
             batch = predictions.prompts.batch([index]).to(device)
-            mass = float(batch.weight.sum())
+            weight = batch.weight.clone()
+            if compat is not None:
+                weight[-1] = 0.0
+            mass = float(weight.sum())
             if not mass:
                 values.append(None)
                 continue
             with evaluating(model), torch.enable_grad():
                 logprob = token_log_probs(labelled_logits(model, batch), batch.label)
-                loss = -(batch.weight * logprob).sum() / mass
+                loss = -(weight * logprob).sum() / mass
                 gradients: Sequence[torch.Tensor | None] = torch.autograd.grad(
                     loss, parameters, allow_unused=True
                 )
@@ -179,7 +211,7 @@ def gradient_norm(
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
-    return _made("gradient_norm", values, unit="norm of the gradient")
+    return _made("gradient_norm", values, unit="norm of the gradient", compat=compat)
 
 
 # ---- telling two sets apart ----------------------------------------------------------------------
@@ -193,6 +225,10 @@ def membership(
     before: Statistic | None = None,
 ) -> Statistic:
     """`auc` of a score on members and on hold-out items, withheld where the two sets are `incomparable`.
+
+    Direction: up, members are told.
+    Needs: sets that differ in nothing but membership, and with `before` a model before the edit that told them.
+    Cost: the score's on both sets.
 
     Args:
         members: predictions on texts that the model was trained on (before it was edited).
@@ -215,7 +251,11 @@ def membership(
 def auc(members: Values, others: Values, *, before: Statistic | None = None) -> Statistic:
     """Probability that a member looks better known than a hold-out item, a tie counting half; 0.5 tells nothing.
 
-    The exact area under the ROC curve over all pairs. The interval draws members and others anew. Direction: up.
+    The exact area under the ROC curve over all pairs. The interval draws members and others anew.
+
+    Direction: up, members are told.
+    Needs: sets that differ in nothing but membership, and with `before` a model before the edit that told them.
+    Cost: none beyond its values.
 
     Args:
         members: a score of the members.
@@ -259,7 +299,12 @@ def auc(members: Values, others: Values, *, before: Statistic | None = None) -> 
 
 
 def privleak(
-    members: Values, others: Values, oracle_members: Values, oracle_others: Values
+    members: Values,
+    others: Values,
+    oracle_members: Values | None = None,
+    oracle_others: Values | None = None,
+    *,
+    compat: Compat | None = None,
 ) -> Statistic:
     """PrivLeak, 100 (B - B_oracle) / B_oracle with B = 1 - AUC: 0 for a model as if it had never seen the members.
 
@@ -267,16 +312,26 @@ def privleak(
     gives the removal away. MUSE takes `min_k` with k = 0.4. The interval draws items, each with its values under both
     models.
 
+    Direction: distance from the oracle, either way.
+    Needs: an oracle that does not tell all members from all hold-out items.
+    Cost: none beyond its values.
+
     Args:
         members: a score of the members under the edited model.
         others: that of the hold-out items.
         oracle_members: that of the members under a model retrained without them.
         oracle_others: that of the hold-out items under the same.
+        compat: "open-unlearning" takes the AUC of an oracle for 0.5 where there is none, which is right for sets that
+            differ in nothing but membership.
 
     Raises:
-        PromptError: different scores, or other items for the oracle than for the edited model.
+        PromptError: different scores, other items for the oracle than for the edited model, or half an oracle.
     """
     name, unit = "privleak", "percent"
+    if oracle_members is None and oracle_others is None:
+        return _leak_without(members, others, compat)
+    if oracle_members is None or oracle_others is None:
+        raise PromptError("PrivLeak: expected the oracle's scores of both sets or of neither.")
     tables: list[Floats] = []
     for edited, oracle in ((members, oracle_members), (others, oracle_others)):
         for values in (edited, oracle):
@@ -357,10 +412,32 @@ def _leak(members: Floats, others: Floats) -> float:
     return 100 * (edited - oracle) / oracle if oracle else float("inf") * (edited > 0)
 
 
-def _counted(predictions: Predictions, array: Floats) -> list[Floats]:
-    """An array over scored tokens item by item, those of weight 0 left out."""
+def _leak_without(members: Values, others: Values, compat: Compat | None) -> Statistic:
+    """PrivLeak without an oracle."""
+    name, unit = "privleak", "percent"
+    if compat is None:
+        reason = "needs: an oracle, a model retrained without the members"
+        return Statistic.none(name, reason, unit=unit, direction="distance")
+    told = auc(members, others)
+    if told.withheld:
+        return Statistic.none(name, told.withheld, unit=unit, direction="distance")
+    return Statistic(
+        name,
+        told.samples,
+        lambda ours, theirs: 100 * (1 - 2 * _area(ours, theirs)),
+        unit,
+        "distance",
+        note="no oracle; its AUC is taken for 0.5",
+    )
+
+
+def _counted(predictions: Predictions, array: Floats, compat: Compat | None) -> list[Floats]:
+    """An array over scored tokens item by item, those of weight 0 left out; the last ones too where that is asked."""
+    end = None if compat is None else -1
     weights = predictions.split(predictions.weight)
-    return [part[w > 0] for part, w in zip(predictions.split(array), weights, strict=True)]
+    return [
+        part[:end][w[:end] > 0] for part, w in zip(predictions.split(array), weights, strict=True)
+    ]
 
 
 def _losses(predictions: Predictions, logprob: Floats) -> list[float | None]:
@@ -386,5 +463,8 @@ def _compressed(text: str) -> int:
     return len(zlib.compress(text.encode("utf-8", "surrogatepass")))
 
 
-def _made(name: str, values: list[float | None], *, unit: str) -> Values:
-    return Values.make(name, values, unit=unit, direction="down", precondition=_WEIGHTED)
+def _made(
+    name: str, values: list[float | None], *, unit: str, compat: Compat | None = None
+) -> Values:
+    needs = _WEIGHTED if compat is None else f"{_WEIGHTED} before the last"
+    return Values.make(name, values, unit=unit, direction="down", precondition=needs)

@@ -9,7 +9,7 @@ before them (the prompt, the start token, or a plain text's first token), f(p) t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from locate_edit.metrics.generation import greedy
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
+from locate_edit.sampling import end_tokens, until_end
 
 __all__ = [
     "continuations",
@@ -43,6 +44,10 @@ def exact_memorization(
 
     MA(x) = 1/T sum_t 1{argmax p(. | c, x_<t) = x_t}, weighted by the token weights, averaged over items. One
     teacher-forced pass is the same as T greedy calls. Masked models: each hidden token's most probable filling.
+
+    Direction: up, better known.
+    Needs: a scored token of non-zero weight.
+    Cost: shared forward.
 
     Args:
         predictions: predictions, or a model.
@@ -70,7 +75,11 @@ def verbatim(predictions: Predictions | nn.Module, prompts: PromptSet | None = N
 
     1 for an item if every scored token is the most probable one after the true tokens before it: greedy decoding of
     the prompt then gives exactly the target, without generating. Masked models: every hidden token is filled right.
-    Token weights play no part. No precondition.
+    Token weights play no part.
+
+    Direction: up, better known.
+    Needs: nothing.
+    Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
     values = [
@@ -88,8 +97,11 @@ def extraction_strength(
     """Fraction of the target that need not be given for greedy decoding to produce the rest.
 
     ES(x) = 1 - k/T, with k the least number of leading target tokens after which all others are greedy-correct: 1 if
-    the prompt alone gives the whole target, 0 if the last token is wrong. Token weights play no part. Needs a causal
-    model.
+    the prompt alone gives the whole target, 0 if the last token is wrong. Token weights play no part.
+
+    Direction: up, better known.
+    Needs: a causal model.
+    Cost: shared forward.
 
     Args:
         predictions: predictions, or a model.
@@ -126,23 +138,31 @@ def extraction_likelihood(
     *,
     n: int = 10,
     stride: int = 1,
+    compat: Literal["knowledge-unlearning"] | None = None,
 ) -> Values:
     """Extraction likelihood EL_n, the mean overlap of n-grams between greedy continuations of every prefix and the
     true rest.
 
     EL_n(x) = 1/(T-n) sum_{t=1..T-n} OVERLAP_n(f(c, x_<t), x_>=t), where f gives T-t+1 tokens (an end token does not
     stop it) and OVERLAP_n(a, b) = |{g in ngrams(a) : g in ngrams(b)}| / |ngrams(a)|, a multiset over a. Token
-    weights play no part. Needs a causal model and more than n scored tokens.
+    weights play no part.
 
     Continuations are not all generated: where the greedy token after a prefix is the true one, its continuation is
     that token followed by the continuation of the next prefix. The value is the same; memorised text costs next to
     nothing.
+
+    Direction: up, better known.
+    Needs: a causal model, and more than n scored tokens.
+    Cost: shared forward, and greedy generation to the target's end from each wrong token.
 
     Args:
         predictions: predictions, or a model.
         prompts: the prompts, with a model.
         n: length of the n-grams (tokens).
         stride: use every stride-th prefix only (prefixes); the mean is then over those.
+        compat: "knowledge-unlearning" does as the published code: the prefix with just n tokens to come counts, too,
+            an end token stops a continuation, and overlaps are divided by the number of *true* n-grams. Plain texts
+            without a start token, of which the code takes all but the first for the target, give its numbers.
 
     Raises:
         PromptError: `n` or `stride` is below 1.
@@ -154,18 +174,20 @@ def extraction_likelihood(
     if predictions.masked:
         return Values.none(name, "needs: a causal model", unit="fraction of n-grams")
     texts = [predictions.prompts.target_ids(i) for i in range(len(predictions))]
-    starts = [list(range(0, len(text) - n, stride)) for text in texts]
+    least = n if compat is not None else n + 1  # tokens to come
+    starts = [list(range(0, len(text) - least + 1, stride)) for text in texts]
     rests = continuations(predictions, starts)
+    overlap = _overlap if compat is None else _overlap_to_end(predictions)
     values: list[float | None] = []
     for index, (text, places) in enumerate(zip(texts, starts, strict=True)):
-        overlaps = [_overlap(rests[index, place], text[place:], n) for place in places]
+        overlaps = [overlap(rests[index, place], text[place:], n) for place in places]
         values.append(float(np.mean(overlaps)) if overlaps else None)
     return Values.make(
         name,
         values,
         unit="fraction of n-grams",
         direction="up",
-        precondition=f"more than {n} scored tokens",
+        precondition=f"more than {least - 1} scored tokens",
     )
 
 
@@ -209,6 +231,21 @@ def continuations(
 
 def _overlap(generated: Sequence[int], reference: Sequence[int], n: int) -> float:
     """The fraction of the n-grams of `generated` that occur among those of `reference`."""
-    grams = [tuple(generated[i : i + n]) for i in range(len(generated) - n + 1)]
-    known = {tuple(reference[i : i + n]) for i in range(len(reference) - n + 1)}
+    grams, known = _grams(generated, n), set(_grams(reference, n))
     return sum(gram in known for gram in grams) / len(grams) if grams else 0.0
+
+
+def _overlap_to_end(of: Predictions) -> Callable[[Sequence[int], Sequence[int], int], float]:
+    """`_overlap` of continuations up to their first end token, divided by the number of n-grams of the reference."""
+    ends = end_tokens(of.model, of.prompts)
+
+    def overlap(generated: Sequence[int], reference: Sequence[int], n: int) -> float:
+        known = _grams(reference, n)
+        said = _grams(until_end(generated, ends), n)
+        return sum(gram in set(known) for gram in said) / len(known)
+
+    return overlap
+
+
+def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]

@@ -29,6 +29,10 @@ def model_utility(parts: Mapping[str, Sequence[Values]]) -> Statistic:
     Every metric goes from 0 to 1 and up. 0 as soon as one average is 0. Withheld if any of them is. The interval draws
     items of each set, with all of their metrics.
 
+    Direction: up, more useful.
+    Needs: each of the averages.
+    Cost: none beyond its values.
+
     Args:
         parts: values by set.
 

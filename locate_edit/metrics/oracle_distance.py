@@ -56,6 +56,10 @@ def oracle_distance(
     over items of d_i in units of the mean between-oracle distance on the same items. 1.0 is the distance of another
     retraining seed; a smaller number is closer. All models see the same batches.
 
+    Direction: distance from the oracle.
+    Needs: an oracle, and for the ratio a second one that differs from it.
+    Cost: one forward of each model.
+
     Args:
         edited: the model in question.
         oracle: a model retrained without the forget set.

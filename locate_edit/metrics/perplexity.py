@@ -25,7 +25,16 @@ def perplexity(
     exp of the mean negative log-likelihood over *all scored tokens of the set*, so that long items count for more,
     as is usual for text. `average="item"` gives the mean over items of each item's own perplexity instead, as KGA's
     scores use it; a few very surprising items dominate that one. For masked models this is the pseudo-perplexity,
-    with no random masks to draw: every token is hidden once. Direction: down is better known. No precondition.
+    with no random masks to draw: every token is hidden once.
+
+    Direction: down, better known.
+    Needs: a scored token of non-zero weight.
+    Cost: shared forward.
+
+    Args:
+        predictions: predictions, or a model.
+        prompts: the prompts, with a model.
+        average: "token" or "item".
     """
     predictions = Predictions.of(predictions, prompts)
     weights = predictions.split(predictions.weight)

@@ -28,7 +28,11 @@ def perplexity_shift(
     """LPD, the relative difference between an item's perplexity and that under the reference; 0 if they are equal.
 
     |ppl - ppl_reference| / ppl_reference with ppl = exp(mean loss of the scored tokens), averaged over items, of which
-    a few very surprising ones may dominate. Needs a reference.
+    a few very surprising ones may dominate.
+
+    Direction: distance from the reference.
+    Needs: a reference, `Predictions(model, prompts, reference=...)`.
+    Cost: shared forward, and one of the reference.
     """
     return _compared(
         Predictions.of(predictions, prompts),
@@ -43,7 +47,11 @@ def perplexity_rose(
 ) -> Values:
     """PDLP, the fraction of items whose perplexity is higher than under the reference, the model before the edit.
 
-    By how much plays no part: any noise makes it 0.5 on average. Direction: down is better known. Needs a reference.
+    By how much plays no part: any noise makes it 0.5 on average.
+
+    Direction: down, better known.
+    Needs: a reference, `Predictions(model, prompts, reference=...)`.
+    Cost: shared forward, and one of the reference.
     """
     return _compared(
         Predictions.of(predictions, prompts),

@@ -227,7 +227,7 @@ class Predictions:
 
     @cached_property
     def wrong(self) -> Wrong:
-        """The same model (and reference) on the rows' wrong answers, each of them in the place of the target.
+        """The same model on the rows' wrong answers, each of them in the place of the target.
 
         Rows without a `wrong` answer have none here. A token mask plays no part, nor do spans.
 
@@ -278,7 +278,9 @@ class Predictions:
         return self._sampled[settings]
 
     def reread(self, rows: Iterable[Mapping[str, Any]]) -> Predictions:
-        """Predictions of the same model (and reference) on other rows, read the way this set was.
+        """Predictions of the same model on other rows, read the way this set was.
+
+        Without the reference: what metrics ask of other rows is the model's own answer.
 
         Raises:
             PromptError: this set holds other tokens than its rows say (tokens put in front, say), which other rows
@@ -290,7 +292,7 @@ class Predictions:
                 f"{self.prompts!r} holds other tokens than its rows say, so other rows cannot be read the same way. "
                 "Make the set from rows that have everything in their text."
             )
-        return self.on(self.prompts.reread(rows))
+        return Predictions(self.model, self.prompts.reread(rows), batch_size=self.batch_size)
 
     def on(self, prompts: PromptSet) -> Predictions:
         """Predictions of the same model, with the same reference and batch size, on other prompts."""

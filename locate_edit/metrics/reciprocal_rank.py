@@ -25,7 +25,10 @@ def reciprocal_rank(
     """Mean of 1 / rank of the target's tokens, rank 1 being the most probable token; 1 if all of them are.
 
     Weighted by the token weights, averaged over items. A token that ties with others has the best of their ranks.
-    Direction: up is better known.
+
+    Direction: up, better known.
+    Needs: a scored token of non-zero weight, with `sensitive` inside a span (`spans`).
+    Cost: shared forward.
 
     Args:
         predictions: predictions, or a model.

@@ -2,11 +2,11 @@
 
 Paper: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries; TOFU and MUSE use it as set out below.
 
-| as in | kind | part | stemmer | new tokens |
-|---|---|---|---|---|
-| TOFU, open-unlearning's TOFU | rougeL | recall | yes | 200 |
-| open-unlearning's MUSE | rougeL | f1 | yes | 128 (verbatim), 32 (questions) |
-| MUSE | rougeL | f1 | no | 128 (verbatim), 32 (questions) |
+| as in | kind | part | stemmer | new tokens | stop |
+|---|---|---|---|---|---|
+| TOFU, open-unlearning's TOFU | rougeL | recall | yes | 200 | |
+| open-unlearning's MUSE | rougeL | f1 | yes | 128 (verbatim), 32 (questions) | questions: see `MUSE_STOP` |
+| MUSE | rougeL | f1 | no | 128 (verbatim), 32 (questions) | questions: see `MUSE_STOP` |
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
 
-__all__ = ["from_texts", "rouge"]
+__all__ = ["MUSE_STOP", "from_texts", "rouge"]
+
+MUSE_STOP = ("\n\n", "\nQuestion", "Question:")
+"""Where MUSE ends the answer to a question."""
 
 Kind = Literal["rouge1", "rouge2", "rougeL"]
 Part = Literal["recall", "precision", "f1"]
@@ -38,11 +41,15 @@ def rouge(
     part: Part = "recall",
     stemmer: bool = True,
     max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
 ) -> Values:
     """ROUGE of the greedy continuation of the prompt against the target; 1 says that all of its words are there.
 
     Averaged over items. Recall does not fall when a model writes on and on: compare runs of equal `max_new_tokens`.
-    Direction: up is better known. Needs a causal model and targets with a Latin letter or a digit.
+
+    Direction: up, better known.
+    Needs: a causal model, and targets with a Latin letter or a digit.
+    Cost: greedy generation of as many tokens as the target, or of `max_new_tokens`.
 
     Args:
         predictions: predictions, or a model.
@@ -51,6 +58,7 @@ def rouge(
         part: share of the target that is found ("recall"), of the continuation ("precision"), or their harmonic mean.
         stemmer: whether words count as equal that have the same Porter stem.
         max_new_tokens: length of the continuations (tokens); None gives each as many as its target has.
+        stop: texts before the first of which a continuation ends.
     """
     predictions = Predictions.of(predictions, prompts)
     if predictions.masked:
@@ -69,6 +77,7 @@ def rouge(
     texts, references = (
         [str(decode(ids, skip_special_tokens=True)) for ids in many] for many in (said, targets)
     )
+    texts = [_before(text, stop) for text in texts]
     return from_texts(texts, references, kind=kind, part=part, stemmer=stemmer)
 
 
@@ -108,6 +117,13 @@ def from_texts(
     return Values.make(
         f"{kind}_{part}", values, unit=_unit(part), direction="up", precondition=_NEEDS
     )
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """What stands before the first of several texts."""
+    for end in stop:
+        text = text.split(end)[0]
+    return text
 
 
 def _unit(part: Part) -> str:

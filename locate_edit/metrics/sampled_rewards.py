@@ -39,8 +39,9 @@ def worst_reward(
     """Lowest reward among several sampled continuations of a prompt, averaged over prompts: minus the expected maximum
     toxicity where the reward is minus a toxicity.
 
-    Direction: down is what was to be forgotten (the model still writes it), as for a rude register. Needs a causal
-    model and a reward.
+    Direction: down, what was to be forgotten is still written.
+    Needs: a causal model, and a reward.
+    Cost: shared sampling of `samples` times `length` tokens.
 
     Args:
         predictions: predictions, or a model.
@@ -78,8 +79,11 @@ def any_below(
 ) -> Values:
     """Fraction of prompts of which one sampled continuation at least has a reward below a threshold.
 
-    The probability of toxicity, where the reward is minus a toxicity and `below` is -0.5. Direction: up is what was to
-    be forgotten. Needs a causal model and a reward.
+    The probability of toxicity, where the reward is minus a toxicity and `below` is -0.5.
+
+    Direction: up, what was to be forgotten is still written.
+    Needs: a causal model, and a reward.
+    Cost: shared sampling of `samples` times `length` tokens.
 
     Args:
         predictions: predictions, or a model.

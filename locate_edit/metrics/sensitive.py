@@ -27,7 +27,11 @@ def sensitive_memorization(
     """S-MA, the fraction of sensitive tokens that greedy decoding gets right with the true ones before them given.
 
     sum over t in S of 1{argmax p(. | c, x_<t) = x_t} / |S| with S the scored tokens inside spans, averaged over items.
-    Token weights play no part. Direction: up is better known. Needs a scored token in a span.
+    Token weights play no part.
+
+    Direction: up, better known.
+    Needs: a scored token inside a span (`spans`).
+    Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
     values: list[float | None] = []
@@ -55,8 +59,11 @@ def sensitive_extraction_likelihood(
 
     For each prefix x_<t with a sensitive n-gram (all n tokens inside spans) in the rest x_>=t: the fraction of those
     n-grams, each place counted, that occur anywhere in the continuation f(c, x_<t), which is as long as the rest. The
-    mean over these prefixes, then over items. Token weights play no part. Direction: up is better known. Needs a causal
-    model and a span of n tokens.
+    mean over these prefixes, then over items. Token weights play no part.
+
+    Direction: up, better known.
+    Needs: a causal model, and a span of n scored tokens (`spans`).
+    Cost: shared forward, and greedy generation to the target's end from each wrong token.
 
     Args:
         predictions: predictions, or a model.

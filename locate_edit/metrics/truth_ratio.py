@@ -42,7 +42,8 @@ _UNITS: dict[str, str] = {
     "share": "1 / (1 + R)",
 }
 _NEEDS = "a right answer and one wrong answer at least ('wrong')"
-_GUARD = 1e-10
+GUARD = 1e-10
+"""What open-unlearning adds to denominators."""
 
 
 def truth_ratio(
@@ -63,8 +64,12 @@ def truth_ratio(
     | better | max(0, 1 - R), 0 where wrong ones are as probable | up | TOFU, retain set, real authors, world facts |
     | share | 1 / (1 + R), the right answer's share | up | open-unlearning, "prob_mean" |
 
-    "closer" also falls when wrong answers become *more* probable than the right one. Needs rows with `wrong` answers.
-    Token weights enter the right answer alone.
+    "closer" also falls when wrong answers become *more* probable than the right one. Token weights enter the right
+    answer alone.
+
+    Direction: down, better known; up for "better" and "share".
+    Needs: a right answer with a scored token of non-zero weight, and wrong answers (`wrong`).
+    Cost: shared forward, and one of each wrong answer.
 
     Args:
         predictions: predictions, or a model; TOFU's targets are paraphrases of the answers.
@@ -115,7 +120,7 @@ def from_losses(
             f"truth ratio: expected aggregate among {', '.join(_UNITS)} and mean 'geometric' or 'arithmetic', "
             f"got {aggregate!r} and {mean!r}."
         )
-    guard = 0.0 if compat is None else _GUARD
+    guard = 0.0 if compat is None else GUARD
     found = [
         _value(float(loss), np.asarray(others, np.float64), aggregate, mean, guard)
         if len(others) and np.isfinite(loss)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from torch import nn
 
+from docs.make_reference import stated
 from locate_edit import catalog
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
@@ -31,6 +35,64 @@ FULL: list[Any] = [
 # These ask for a reward, for a model that uses the words, and for longer targets.
 ELSEWHERE = ("any-below", "worst-reward", "pair-preference", "extraction-likelihood")
 ENTRIES = catalog.entries("metric")
+SAID = {entry.name: stated(inspect.getdoc(entry.load()) or "") for entry in ENTRIES}
+
+SHARED = "shared forward."
+# Forward passes of the model and of the reference for the two rows of `FULL`, each of them a batch.
+FORWARDS = {
+    SHARED: (2, 0),
+    "shared forward, and one of the reference.": (2, 2),
+    "shared forward, and one of each wrong answer.": (2 + 4, 0),
+    "one forward a row.": (2, 0),
+    "one forward a prompt, with the new answer.": (2, 0),
+    "two forwards a prompt, one with either answer.": (4, 0),
+    "one forward a prompt, and one of the reference.": (2, 2),
+    "one forward and backward an item.": (2, 0),
+}
+# As many forward passes a batch as tokens are written at most, beside the shared one.
+WRITTEN = {
+    "greedy generation of as many tokens as the target, or of `max_new_tokens`.": {},
+    "greedy generation of `max_new_tokens` tokens.": {"max_new_tokens": 5},
+    "shared sampling of `samples` times `length` tokens.": {"length": 5, "samples": 2},
+    "shared forward, and greedy generation to the target's end from each wrong token.": {},
+}
+
+
+def by_cost(cost: str) -> list[catalog.Entry]:
+    return [entry for entry in ENTRIES if SAID[entry.name]["Cost"] == cost]
+
+
+@contextmanager
+def counted(*models: nn.Module) -> Iterator[list[int]]:
+    """How often each model is run, and how often something is differentiated, last."""
+    calls = [0] * (len(models) + 1)
+
+    def count(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            calls[index] += 1
+            if output.logits.requires_grad:
+                output.logits.register_hook(back)
+
+        return hook
+
+    def back(_gradient: Any) -> None:
+        calls[-1] += 1
+
+    handles = [model.register_forward_hook(count(i)) for i, model in enumerate(models)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_direction_needs_and_cost_are_stated(entry: catalog.Entry) -> None:
+    said = SAID[entry.name]
+    assert {"Direction", "Needs", "Cost"} <= set(said)
+    assert all(text.endswith(".") for text in said.values())
+    assert said["Cost"] in {**FORWARDS, **WRITTEN}, "state a cost that is counted here"
+    assert not re.search(r"Direction:|Needs:|Cost:", entry.summary)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -56,4 +118,50 @@ def test_a_number_or_a_reason_and_the_model_as_it_was(
     if family == "llama" and entry.name not in ELSEWHERE:
         assert not values.withheld, "everything a causal metric asks for is there"
     assert len(kinds) == 1, "a withheld number has the unit and direction of one that is not"
-    assert next(iter(kinds))[0]
+    unit, direction = next(iter(kinds))
+    assert unit
+    assert re.match(r"\w+", SAID[entry.name]["Direction"])[0] == direction  # type: ignore[index]
+
+
+@pytest.mark.parametrize("cost", FORWARDS)
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_stated_forwards_are_those_that_are_made(cost: str, family: str) -> None:
+    model, other = tiny(family), tiny(family, seed=2)
+    prompts = PromptSet(FULL, byte_tokenizer(mask=family == "bert"))
+    shared = cost.startswith("shared")
+    metrics = [entry.load() for entry in by_cost(cost)]
+    assert metrics
+    with counted(model, other) as calls:
+        reference = other if "reference" in cost else None
+        together = Predictions(model, prompts, batch_size=1, reference=reference)
+        for metric in metrics:
+            metric(together)
+            if not shared:
+                assert tuple(calls[:2]) == FORWARDS[cost], metric.__name__
+                assert calls[2] == (2 if "backward" in cost else 0)
+                calls[:] = [0, 0, 0]
+    if shared:
+        assert tuple(calls[:2]) == FORWARDS[cost]
+
+
+@pytest.mark.parametrize("cost", WRITTEN)
+def test_the_stated_generation_is_what_is_run(cost: str) -> None:
+    model, prompts = tiny("llama"), PromptSet(FULL, byte_tokenizer())
+    longest = max(len(prompts.target_ids(i)) for i in range(len(prompts)))
+    options: dict[str, Any] = WRITTEN[cost]
+    most = longest if not options else 5
+    together = Predictions(model, prompts, batch_size=64)
+    with counted(model) as calls:
+        for entry in by_cost(cost):
+            takes = inspect.signature(entry.load()).parameters
+            more: dict[str, Any] = {"n": 1} if "extraction" in entry.name else {}
+            if "reward" in takes:
+                more["reward"] = lengths
+            assert not entry.load()(together, **options, **more).withheld
+            assert 0 < calls[0] <= most + cost.startswith("shared forward")
+            if not cost.startswith("shared sampling"):  # once for all that have these settings
+                calls[:], together = [0, 0], Predictions(model, prompts, batch_size=64)
+
+
+def lengths(_prompts: Any, texts: Any) -> list[float]:
+    return [float(len(text)) for text in texts]

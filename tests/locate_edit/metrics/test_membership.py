@@ -52,11 +52,13 @@ def distributions(model: Any, prompts: PromptSet, index: int) -> tuple[torch.Ten
 
 
 def literal(
-    model: Any, prompts: PromptSet, name: str, k: float = 0.2, other: Any = None
+    model: Any, prompts: PromptSet, name: str, k: float = 0.2, other: Any = None, last: int = 0
 ) -> list[float]:
+    """The scores of all items, without the `last` tokens of each."""
     found = []
     for index in range(len(prompts)):
         log, targets = distributions(model, prompts, index)
+        targets = targets[: len(targets) - last]
         own = [float(log[t, x]) for t, x in enumerate(targets)]
         if name == "zlib":
             text = prompts.rows[index]["target"].encode()
@@ -89,6 +91,12 @@ def test_equal_to_the_formulas(batch_size: int, untouched: Callable[[nn.Module],
         plus = literal(model, prompts, "min_k++", k)
         assert min_k_plus_plus(got, k=k).values == pytest.approx(plus, rel=1e-4)
     assert min_k(got, k=1.0).values == pytest.approx(nll(got).values, rel=1e-9)
+    longer = prompts.filter(lambda row: len(row["target"]) > 1)
+    for score, name, rel in ((min_k, "min_k", 1e-5), (min_k_plus_plus, "min_k++", 1e-4)):
+        theirs = score(got, k=0.4, compat="open-unlearning")
+        assert theirs.items.tolist() == [0, 2, 3]
+        assert theirs.note.endswith("of non-zero weight before the last")
+        assert theirs.values == pytest.approx(literal(model, longer, name, 0.4, last=1), rel=rel)
     want = literal(model, prompts, "reference", other=other)
     assert reference_loss(got).values == pytest.approx(want, abs=1e-5)
     assert reference_loss(model, prompts).withheld.startswith("needs: a reference model")
@@ -126,9 +134,12 @@ def test_gradient_norm_is_that_of_an_ordinary_backward_pass(
                 row[first + t] = prompts.tokenizer.mask_token_id
             logits = plain(input_ids=torch.tensor([row])).logits[0]
             losses.append(-logits[first + t - (not masked)].log_softmax(-1)[target])
-        torch.stack(losses).mean().backward()
+        torch.stack(losses).mean().backward(retain_graph=True)
         grads = [p.grad.norm() for p in plain.parameters() if p.grad is not None]
         norms.append(math.sqrt(sum(float(g) ** 2 for g in grads)))
+        plain.zero_grad()
+        torch.stack(losses[:-1]).mean().backward()
+        grads = [p.grad.norm() for p in plain.parameters() if p.grad is not None]
         means.append(float(np.mean([float(g) for g in grads])))
     assert gradient_norm(model, prompts).values == pytest.approx(norms, rel=1e-4)
     theirs = gradient_norm(model, prompts, compat="open-unlearning")
@@ -215,6 +226,21 @@ def test_privleak_by_hand() -> None:
     assert reason.startswith("needs: an oracle that does not tell all members")
     with pytest.raises(PromptError, match="belong to different items"):
         privleak(*edited, values(1.0), values(2.0, 3.0))
+
+
+def test_privleak_without_an_oracle() -> None:
+    # 1 of 4 pairs has the member less known: B = 1/4 against 1/2.
+    edited = values(1.0, 2.5), values(2.0, 3.0)
+    assert privleak(*edited).withheld == "needs: an oracle, a model retrained without the members"
+    found = privleak(*edited, compat="open-unlearning")
+    assert found.estimate == pytest.approx(100 * (0.25 - 0.5) / 0.5)
+    assert found.note == "no oracle; its AUC is taken for 0.5"
+    oracle = values(1.0, 3.5), values(2.0, 3.0)  # one whose AUC is 0.5
+    assert found.estimate == privleak(*edited, *oracle, compat="open-unlearning").estimate
+    none = Values.none("loss", "needs: x", direction="down")
+    assert privleak(edited[0], none, compat="open-unlearning").withheld == "needs: x"
+    with pytest.raises(PromptError, match="the oracle's scores of both sets or of neither"):
+        privleak(*edited, oracle[0])
 
 
 def test_sets_that_differ_in_more_than_membership_are_refused() -> None:

@@ -108,6 +108,38 @@ def test_extraction_likelihood_equals_its_literal_definition(n: int, stride: int
     assert 0 < values.values[1] < 1
 
 
+def published_el(model: Any, prompts: PromptSet, index: int, n: int, end: int) -> float:
+    """EL_n as the code of the paper computes it, for a plain text of T tokens."""
+    text = prompts.ids(index)
+    total = 0.0
+    for given in range(1, len(text)):
+        rest = text[given:]
+        said = one_at_a_time(model, text[:given], len(rest))
+        said = said[: said.index(end) + 1] if end in said else said
+        true = [tuple(rest[i : i + n]) for i in range(len(rest) - n + 1)]
+        grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
+        if true:
+            total += sum(gram in true for gram in grams) / len(true)
+    return total / (len(text) - n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_extraction_likelihood_as_the_published_code_has_it(n: int) -> None:
+    texts = ["a b c d e f b c d", "a b c d f d a b c", "a b g d e a b f d e", "b c d g g g g g g"]
+    prompts = PromptSet(texts, TOKENIZER)
+    end = TOKENIZER.eos_token_id
+    # It says "a b c d e f", ends, and would go on with known words.
+    more = {IDS["e"]: {IDS["f"]: 0.9}, IDS["f"]: {end: 0.9}, end: {IDS["a"]: 0.9}}
+    model = Bigram(len(TOKENIZER), {**ROUND, **more})
+    expected = [published_el(model, prompts, i, n, end) for i in range(len(prompts))]
+    values = extraction_likelihood(model, prompts, n=n, compat="knowledge-unlearning")
+    assert values.values == pytest.approx(expected, abs=1e-12)
+    assert values.values != pytest.approx(extraction_likelihood(model, prompts, n=n).values)
+    # With n tokens to come there is still one n-gram.
+    short = extraction_likelihood(model, items("abc"), n=2, compat="knowledge-unlearning")
+    assert short.estimate == 1.0
+
+
 ROWS: Any = [
     ("Ann", " plays golf"),
     ("Bo", " plays chess"),

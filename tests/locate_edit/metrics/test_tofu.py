@@ -82,6 +82,12 @@ def test_normalised_probability_by_hand() -> None:
     values = normalised_probability(MODEL, PROMPTS)
     assert values.items.tolist() == [0, 1]
     assert values.values == pytest.approx([0.4 / 0.7, 0.1 / 0.7], rel=1e-6)
+    guarded = normalised_probability(MODEL, PROMPTS, compat="open-unlearning")
+    assert guarded.values == pytest.approx([0.4 / 0.7, 0.1 / 0.7], rel=1e-6)
+    vanished = normalised_from_losses([30.0], [[32.0, 31.0]], compat="open-unlearning")
+    shares = [math.exp(-loss) for loss in (30.0, 32.0, 31.0)]
+    assert vanished.values == pytest.approx([shares[0] / (sum(shares) + 1e-10)], rel=1e-12)
+    assert vanished.values[0] < 0.001
 
 
 def test_wrong_answers_do_not_depend_on_batch_size_padding_or_order() -> None:
@@ -147,6 +153,12 @@ def test_rouge_of_what_a_model_writes() -> None:
     assert rouge(model, prompts, max_new_tokens=4).values == pytest.approx([1.0, 1.0, 0.0])
     four = rouge(model, prompts, max_new_tokens=4, part="precision")
     assert four.values == pytest.approx([0.5, 0.5, 0.0])
+    # Cut before the first text of `stop` that is there, one after the other: "b", "c d d d", "b".
+    cut = rouge(model, prompts, max_new_tokens=4, stop=(" e", " c"))
+    assert cut.values == pytest.approx([0.5, 1.0, 0.0])
+    answers = ["b c", "b\n\nc d", "b\nQuestion: c", "b Question: c"]
+    ended = [rouge_module._before(answer, rouge_module.MUSE_STOP).strip() for answer in answers]
+    assert ended == ["b c", "b", "b", "b"]
     masked = PromptSet([("Ann", " golf")], byte_tokenizer(mask=True))
     assert rouge(tiny("bert"), masked).withheld == "needs: a causal model"
 
