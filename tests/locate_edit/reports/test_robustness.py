@@ -211,6 +211,64 @@ def test_the_table_by_hand() -> None:
         by_hand()["Ugly"]
 
 
+def one(
+    after: list[float], clean: list[float], oracle: list[float] | None, kept: float = 1.0
+) -> Trial:
+    """A trial of one attack on an edit, and on an oracle if there is one."""
+    found = {"after": Attacked(values(*after), values(*clean), values(kept), values(1.0))}
+    if oracle is not None:
+        found["oracle"] = Attacked(values(*oracle), values(*oracle), values(1.0), values(1.0))
+    return Trial("Good", "Good()", found)
+
+
+@pytest.mark.parametrize(
+    ("trial", "outcome"),
+    [
+        (one([0.8, 0.9], [0.1, 0.1], [0.1, 0.2]), "brings answers back"),
+        (one([0.8, 0.9], [0.1, 0.1], None), "brings answers back"),
+        # more than without the attack, but no more than a model that never knew gives
+        (one([0.8, 0.9], [0.1, 0.1], [0.8, 0.9]), "nothing beyond"),
+        # more than the oracle, but no more than without the attack
+        (one([0.8, 0.9], [0.8, 0.9], [0.1, 0.2]), "nothing beyond"),
+        # the interval of the gain holds 0
+        (one([0.8, 0.0], [0.1, 0.1], [0.0, 0.0]), "nothing beyond"),
+        (one([0.1, 0.1], [0.1, 0.1], [0.1, 0.1], kept=0.2), "breaks the model"),
+        (one([0.8, 0.9], [0.1, 0.1], [0.1, 0.2], kept=0.2), "brings answers back"),
+        (one([0.8], [0.1], [0.1]), "too few prompts"),
+        (Trial("Bad", "Bad()", withheld="no"), "withheld"),
+    ],
+)
+def test_what_an_attack_shows(trial: Trial, outcome: str) -> None:
+    assert trial.outcome() == outcome
+
+
+def test_in_words() -> None:
+    found = one([0.8, 0.9], [0.1, 0.1], [0.1, 0.2])
+    nothing = one([0.1, 0.1], [0.1, 0.1], [0.1, 0.1])
+    broken = one([0.1, 0.1], [0.1, 0.1], [0.1, 0.1], kept=0.0)
+    missing = Trial("Bad", "Bad()", withheld="no")
+    assert Robustness((found, missing)).in_words() == (
+        "Of 2 attacks 1 could be tried. Good brings back more than from a model that never knew: there the answers are "
+        "hidden rather than gone. Bad has no number, for the reason that the table gives."
+    )
+    assert Robustness((nothing, broken)).in_words() == (
+        "Of 2 attacks 2 could be tried. None brings back more than from a model that never knew; what another attack "
+        "would find, nobody knows. Good only broke the model, which says nothing."
+    )
+    alone = one([0.8, 0.9], [0.1, 0.1], None)
+    assert "Without an oracle it cannot be told" in Robustness((alone, alone)).in_words()
+    assert "Good and Good bring back more:" in Robustness((alone, alone)).in_words()
+    assert Robustness((missing,)).in_words() == "No attack could be tried; the table says why."
+
+
+def test_the_first_sentence_says_what_an_attack_does() -> None:
+    net = model("llama")
+    (trial,) = robustness(edited(net), [Reads()], controls=False).trials
+    assert (
+        trial.does == "Takes down the weights of what it is given; its control is half the weights."
+    )
+
+
 def test_files_and_figure(tmp_path: Path) -> None:
     written = by_hand().save(tmp_path / "out")
     assert [file.name for file in written] == [
