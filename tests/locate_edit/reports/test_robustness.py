@@ -198,7 +198,7 @@ def test_the_table_by_hand() -> None:
     assert original[1:4] == ["before", "1.000", "1.000 (1.000 to 1.000)"]
     assert mine == [
         "Good", "after", "0.100", "0.600 (0.500 to 0.700)", "1.000", "0.400", "0.400 (0.400 to 0.400)",
-        "the attack breaks it",
+        "brings answers back, breaks the model",
     ]  # fmt: skip
     assert oracle[6:] == ["", ""]
     assert bad[-1] == "withheld: it does not | find it"
