@@ -24,7 +24,7 @@ from locate_edit.metrics.running import (
     scored_batches,
 )
 from locate_edit.metrics.values import Floats
-from locate_edit.prompts import PromptSet
+from locate_edit.prompts import Batch, PromptSet
 from locate_edit.sampling import Continuation, sample
 
 __all__ = ["Digits", "Predictions", "Wrong", "digit_tokens"]
@@ -320,31 +320,45 @@ class Predictions:
         digit_logprob = np.zeros((n_labels, 10))
         with evaluating(self.model), torch.no_grad():
             for batch in scored_batches(self.model, self.prompts, self.batch_size):
-                logits = labelled_logits(self.model, batch)
                 # Labels come item by item and in order, so each item's fill its own stretch of the arrays.
                 where = np.concatenate(
                     [np.arange(self._starts[i], self._ends[i]) for i in batch.items]
                 )
-                lp, ent, var, more, best, normaliser = _reduce(logits, batch.label)
-                logprob[where], entropy[where], variance[where] = lp, ent, var
-                rank[where], top[where] = more, best
-                if self.reference is not None:
-                    with evaluating(self.reference):
-                        there = batch.to(next(self.reference.parameters()).device)
-                        wanted = labelled_logits(self.reference, there).to(logits.device)
-                    compared = compare_labels(wanted, logits, batch.label)
-                    divergence[where], shannon[where], other[where] = (
-                        tensor.double().cpu().numpy() for tensor in compared
-                    )
                 here = np.flatnonzero(is_digit[where])
-                ids = torch.as_tensor(ten[where[here]], device=logits.device)
-                chosen = logits[torch.as_tensor(here, device=logits.device)].gather(-1, ids)
-                digit_logprob[where[here]] = (
-                    chosen.double().cpu().numpy() - normaliser[here][:, None]
-                )
+                own, digits, compared = self._of_batch(batch, here, ten[where[here]])
+                logprob[where], entropy[where], variance[where], rank[where], top[where] = own
+                digit_logprob[where[here]] = digits
+                if compared is not None:
+                    divergence[where], shannon[where], other[where] = compared
         found = np.flatnonzero(is_digit).astype(np.int64)
-        digits = Digits(found, value[found], digit_logprob[found])
-        return _Scored(logprob, entropy, variance, rank, top, digits, divergence, shannon, other)
+        of_digits = Digits(found, value[found], digit_logprob[found])
+        return _Scored(logprob, entropy, variance, rank, top, of_digits, divergence, shannon, other)
+
+    def _of_batch(
+        self, batch: Batch, here: NDArray[np.int64], ten: NDArray[np.int64]
+    ) -> tuple[tuple[Any, ...], Floats, Floats | None]:
+        """What the logits of one batch give, which are held no longer than here.
+
+        Args:
+            batch: the batch, on the model's device.
+            here: which of its labels are digits, `digit`.
+            ten: the ten tokens of each one's spelling, `digit 10`.
+
+        Returns:
+            Log-probability, entropy, variance, rank and most probable token, each `label`; log-probabilities of the
+            ten digits, `digit 10`; with a reference the divergences and its log-probability, `3 label`.
+        """
+        logits = labelled_logits(self.model, batch)
+        *own, normaliser = _reduce(logits, batch.label)
+        rows, ids = (torch.as_tensor(each, device=logits.device) for each in (here[:, None], ten))
+        digits = logits[rows, ids].double().cpu().numpy() - normaliser[here][:, None]
+        if self.reference is None:
+            return tuple(own), digits, None
+        with evaluating(self.reference):
+            there = batch.to(next(self.reference.parameters()).device)
+            wanted = labelled_logits(self.reference, there).to(logits.device)
+        compared = compare_labels(wanted, logits, batch.label)
+        return tuple(own), digits, torch.stack([t.double() for t in compared]).cpu().numpy()
 
     def _check_reference(self) -> None:
         if self.reference is None:
@@ -386,10 +400,9 @@ def _reduce(
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Ids of the tokens for 0 to 9, one list for each spelling (bare, after a space) that has all ten."""
-    vocabulary = tokenizer.get_vocab()
     spellings = (
-        [vocabulary.get(f"{prefix}{digit}") for digit in range(10)] for prefix in _PREFIXES
+        tokenizer.convert_tokens_to_ids([f"{prefix}{digit}" for digit in range(10)])
+        for prefix in _PREFIXES
     )
-    return [
-        [int(token) for token in ids if token is not None] for ids in spellings if None not in ids
-    ]
+    unknown = {None, tokenizer.unk_token_id}
+    return [[int(token) for token in ids] for ids in spellings if unknown.isdisjoint(ids)]
