@@ -19,8 +19,11 @@ _HOME = {
     "PromptError": "locate_edit.errors",
     "PromptSet": "locate_edit.prompts",
     "Report": "locate_edit.reports.report",
+    "compare": "locate_edit.reports.comparison",
     "edit": "locate_edit.editing",
     "evaluate": "locate_edit.reports.evaluation",
+    "examine": "locate_edit.reports.examination",
+    "robustness": "locate_edit.reports.robustness",
 }
 
 __all__ = [
@@ -30,15 +33,21 @@ __all__ = [
     "PromptError",
     "PromptSet",
     "Report",
+    "compare",
     "edit",
     "evaluate",
+    "examine",
+    "robustness",
 ]
 
 if TYPE_CHECKING:
     from locate_edit.editing import Edit, edit
     from locate_edit.errors import EditError, LocateEditError, PromptError
     from locate_edit.prompts import PromptSet
+    from locate_edit.reports.comparison import compare
     from locate_edit.reports.evaluation import evaluate
+    from locate_edit.reports.examination import examine
     from locate_edit.reports.report import Report
+    from locate_edit.reports.robustness import robustness
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -264,7 +264,11 @@ def _slopes(*reports: Report) -> list[str]:
 
 
 def relearning(
-    curves: Mapping[str, Attacked], *, oracle: Attacked | None = None, ax: Axes | None = None
+    curves: Mapping[str, Attacked],
+    *,
+    oracle: Attacked | None = None,
+    hues: Sequence[str] | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw what comes back of the forget prompts as an attack gets stronger: a line for each method.
 
@@ -275,6 +279,7 @@ def relearning(
     Args:
         curves: outcomes of one attack, such as `locate_edit.attacks.relearning.Relearning`, by name of the edit.
         oracle: that of the oracle.
+        hues: a colour for each of them; None takes the usual ones.
         ax: where to draw.
 
     Raises:
@@ -294,7 +299,8 @@ def relearning(
     rows: list[Row] = []
     for n, (name, found) in enumerate(every.items()):
         is_oracle = found is oracle
-        hue = BLACK if is_oracle else [h for h in HUES if h != BLACK][n % (len(HUES) - 1)]
+        usual = [h for h in HUES if h != BLACK] if hues is None else list(hues)
+        hue = BLACK if is_oracle else usual[n % len(usual)]
         strengths = [point.strength for point in found.curve]
         ax.plot(
             strengths, [point.forget for point in found.curve], color=hue,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from locate_edit.draw._style import COLOURS, free_figure
+from locate_edit.draw.edits import relearning
 from locate_edit.errors import EditError
 from locate_edit.reports.states import TITLES
 
@@ -12,9 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from locate_edit.metrics.values import Values
-    from locate_edit.reports.robustness import Robustness
+    from locate_edit.reports.robustness import Robustness, Trial
 
-__all__ = ["dots"]
+__all__ = ["curves", "dots"]
 
 
 def dots(found: Robustness) -> Axes:
@@ -56,7 +57,7 @@ def dots(found: Robustness) -> Axes:
         panel.set_xlim(-0.03, 1.03)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(found.trials)), [_label(t.name) for t in found.trials], size=8)
+    panels[0].set_yticks(range(len(found.trials)), [_label(t.title) for t in found.trials], size=8)
     panels[0].set_ylim(len(found.trials) - 0.5, -0.5)
     handles: list[Any] = [
         Line2D([], [], marker="o", ls="", color=COLOURS[model], label=TITLES[model])
@@ -70,6 +71,21 @@ def dots(found: Robustness) -> Axes:
     )
     first: Axes = panels[0]
     return first
+
+
+def curves(trial: Trial) -> Axes:
+    """What comes back as one attack gets stronger, a line for each state of the model (`draw.edits.relearning`).
+
+    Raises:
+        EditError: the attack has no strengths.
+    """
+    states = [name for name in trial.found if name != "oracle"]
+    return relearning(
+        {TITLES[name]: trial.found[name] for name in states},
+        oracle=trial.found.get("oracle"),
+        hues=[COLOURS[name] for name in states],
+        ax=free_figure(7.4, 3.6).add_subplot(),
+    )
 
 
 def _pair(axes: Axes, at: float, clean: Values | None, under: Values | None, colour: str) -> None:

@@ -138,7 +138,9 @@ def evaluate(
         examples=run.examples(states),
         notes=(f"no random control: {reason}",) if reason else (),
         undo=() if editable is None else tuple(undo) or _undo(editable),
-        side_effects=side_effects({c: state.likelihoods for c, state in states.items()}, sets),
+        side_effects=None
+        if editable is None
+        else side_effects({c: state.likelihoods for c, state in states.items()}, sets),
     )
 
 

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
-from locate_edit.reports.report import Cell, Line, Report, number
-from locate_edit.reports.states import TITLES
-from locate_edit.reports.text import SIDE_EFFECTS
+from locate_edit.reports.report import Cell, Line, Report, number, without_doubles
+from locate_edit.reports.states import COLUMNS, TITLES
+from locate_edit.reports.text import NO_SIDE_EFFECTS, SIDE_EFFECTS, answers
 
-__all__ = ["page", "tables"]
+if TYPE_CHECKING:
+    from locate_edit.reports.examination import Examination
+    from locate_edit.reports.layers import Layers
+    from locate_edit.reports.robustness import Robustness, Trial
+
+__all__ = ["at_a_glance", "page", "tables", "whole_page"]
 
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, sans-serif; color: #202124; max-width: 62rem; margin: 2rem auto; padding: 0
 1.25rem; } h1 { font-size: 1.7rem; margin-bottom: .4rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.summary { background: #f1f6fb; border-left: 4px solid #0072B2; padding: .9rem 1.1rem; border-radius: 4px; }
+.summary { background: #f1f6fb; border-left: 4px solid #0072B2; padding: .6rem 1.1rem .9rem; border-radius: 4px; }
+.summary dd { margin-left: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0 1rem; font-size: .93rem; }
 th, td { padding: .38rem .7rem; border-bottom: 1px solid #e3e6ea; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #c4c9cf; font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; }
-td.n small { display: block; color: #5f6368; } .muted, small { color: #5f6368; }
+td small { display: block; color: #5f6368; } .muted, small { color: #5f6368; }
 tr.set td { background: #f7f8fa; font-weight: 600; }
 code, pre { font: .88rem/1.45 ui-monospace, monospace; } pre { background: #f7f8fa; padding: .8rem 1rem; overflow-x:
 auto; } img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
-td code { overflow-wrap: anywhere; } td.q { min-width: 13rem; }
+td code { overflow-wrap: break-word; } td.q { min-width: 11rem; } td.a { min-width: 13rem; }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0 0 .3rem 1.2rem; }
 """
 
@@ -36,6 +43,19 @@ _BETTER = {
     "distance": "(smaller: closer)",
     "closeness": "(larger: closer)",
 }
+_ATTACKS = (
+    "What an edit took may only be hidden. Each attack tries to bring the answers back, told nothing of the edit. "
+    "Bold: what it gets out of the model, larger is more, with its 95% interval over prompts; below it what the model "
+    "says without the attack, and what becomes of prompts that it should answer anyway. An attack counts only where it "
+    "finds what is surely hidden, a control made for it; and only what it gets beyond a model that never knew is "
+    "knowledge."
+)
+_LAYERS = (
+    "The answers may be silenced at the end and still be there on the way. So the inner state of a model is put into "
+    "the original model after one layer at a time: where that goes on to give the answer, the layer still carried it. "
+    "Layers below the lowest edited one are as they were. Hatched cells say nothing, because answers that every model "
+    "knows are lost there too."
+)
 _COLUMN_HELP = {
     "before": "the model as it was",
     "after": "the model with the edit",
@@ -45,26 +65,115 @@ _COLUMN_HELP = {
 
 
 def page(report: Report, images: Mapping[str, bytes]) -> str:
-    """The whole page, with its style and the given figures (PNG, by name) inside."""
-    body = [
-        "<h1>What the edit did</h1>",
-        f'<p class="summary">{escape(report.summary)}</p>',
-        _examples(report),
-        _figures(images),
-        "<h2>Numbers</h2>",
-        _columns_help(report),
-        tables(report),
-        _side_effects(report),
-        _where(report),
-        _undo(report),
-        _definitions(report),
-        _notes(report),
-        _settings(report),
-    ]
+    """The page of a report, with its style and the given figures (PNG, by name) inside."""
+    return _whole(
+        "What the edit did",
+        [
+            at_a_glance(answers(report)),
+            _examples(report),
+            "<h2>Figures</h2>" if images else "",
+            *(_figure(name, image) for name, image in images.items()),
+            _numbers(report),
+            _side_effects(report),
+            _where(report),
+            _undo(report),
+            _definitions(report),
+            _notes(report),
+            _settings(report),
+        ],
+    )
+
+
+def whole_page(found: Examination, images: Mapping[str, bytes]) -> str:
+    """The page of an examination: the answers, then what they rest on, and at the end what a specialist wants."""
+    report, pictures = found.report, dict(images)
+
+    def figures(*names: str) -> str:
+        return "".join(_figure(name, pictures.pop(name)) for name in names if name in pictures)
+
+    relearned = [name for name in pictures if name.startswith("relearning")]
+    return _whole(
+        "What the edit did, and whether it lasts",
+        [
+            at_a_glance(found.answers),
+            _examples(report),
+            _numbers(report),
+            figures("before_after", "oracle_distance"),
+            "" if found.robustness is None else _attacks(found.robustness),
+            figures("attacks", *relearned),
+            "" if found.layers is None else _layers(found.layers),
+            figures("carried", "lens"),
+            _side_effects(report),
+            _where(report),
+            figures("weight_change"),
+            *(_figure(name, image) for name, image in pictures.items()),
+            _undo(report),
+            _definitions(report),
+            _notes(report, found.notes),
+            _settings(report),
+        ],
+    )
+
+
+def at_a_glance(found: Mapping[str, str]) -> str:
+    """Questions and their answers."""
+    parts = "".join(f"<dt>{escape(q)}</dt><dd>{escape(said)}</dd>" for q, said in found.items())
+    return f'<dl class="summary">{parts}</dl>'
+
+
+def _numbers(report: Report) -> str:
+    return f"<h2>Numbers</h2>{_columns_help(report)}{tables(report)}"
+
+
+def _attacks(found: Robustness) -> str:
+    """A row for each attack: what it measures without and under it, in every state of the model."""
+    states = [state for state in COLUMNS if state in found.models]
+    head = "".join(f'<th class="n">{escape(TITLES[state])}</th>' for state in states)
+    rows = []
+    for trial in found.trials:
+        title = f'<td class="a">{escape(trial.title)}<small>{escape(trial.does)}</small></td>'
+        if trial.withheld:
+            why = f"no number: {trial.withheld}"
+            rows.append(
+                f'<tr>{title}<td class="muted" colspan="{len(states) + 1}">{escape(why)}</td></tr>'
+            )
+            continue
+        cells = "".join(_attacked(trial, state) for state in states)
+        rows.append(f"<tr>{title}{cells}<td>{escape(trial.outcome())}</td></tr>")
+    return (
+        f"<h2>Is it gone, or only hidden?</h2><p>{escape(_ATTACKS)}</p>"
+        f'<div class="wide"><table><thead><tr><th>attack</th>{head}<th>what it shows</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _attacked(trial: Trial, state: str) -> str:
+    """The measure under an attack with its interval, and small below it that without the attack and that on retain."""
+    found = trial.found.get(state)
+    if found is None:
+        return f'<td class="n muted" title="{escape(trial.failed.get(state, ""))}">-</td>'
+    span = found.forget.interval()
+    under = number(found.forget.estimate)
+    between = "" if span is None else f" [{number(span[0])}, {number(span[1])}]"
+    small = [f"without: {number(found.forget_clean.estimate)}"]
+    if found.retain is not None and found.retain_clean is not None:
+        kept = f"{number(found.retain_clean.estimate)} to {number(found.retain.estimate)}"
+        small.append(f"retain: {kept}")
+    below = "".join(f"<small>{escape(each)}</small>" for each in small)
+    return f'<td class="n"><b>{under}</b>{escape(between)}{below}</td>'
+
+
+def _layers(found: Layers) -> str:
+    depth = f"<p>{escape(found.depth_in_words())}</p>" if found.depth is not None else ""
+    return f"<h2>Where is it still?</h2><p>{escape(_LAYERS)}</p><p>{escape(found.in_words())}</p>{depth}"
+
+
+def _whole(title: str, body: Sequence[str]) -> str:
+    body = [f"<h1>{escape(title)}</h1>", *body]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>What the edit did</title><style>{_STYLE}</style></head><body>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n"
         + "\n".join(part for part in body if part)
         + "\n</body></html>\n"
     )
@@ -75,7 +184,7 @@ def tables(report: Report) -> str:
     head = "".join(f'<th class="n">{escape(TITLES[column])}</th>' for column in report.columns)
     rows = []
     for name in report.set_names:
-        lines = [line for line in report.of_set(name) if line.shown]
+        lines = without_doubles(report.of_set(name))
         if not lines:
             continue
         items = report.sets.get(name, {}).get("items")
@@ -114,13 +223,10 @@ def _columns_help(report: Report) -> str:
     return f"<dl>{''.join(parts)}</dl>"
 
 
-def _figures(images: Mapping[str, bytes]) -> str:
-    parts = []
-    for name, image in images.items():
-        code = base64.b64encode(image).decode("ascii")
-        alt = escape(name.replace("_", " "))
-        parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{code}"></figure>')
-    return f"<h2>Figures</h2>{''.join(parts)}" if parts else ""
+def _figure(name: str, image: bytes) -> str:
+    code = base64.b64encode(image).decode("ascii")
+    alt = escape(name.replace("_", " "))
+    return f'<figure><img alt="{alt}" src="data:image/png;base64,{code}"></figure>'
 
 
 def _examples(report: Report) -> str:
@@ -144,8 +250,11 @@ def _examples(report: Report) -> str:
 
 
 def _side_effects(report: Report) -> str:
-    if not report.side_effects:
+    if report.side_effects is None or not report.n_elsewhere:
         return ""
+    if not report.side_effects:
+        none = NO_SIDE_EFFECTS.format(n=report.n_elsewhere)
+        return f"<h2>What else changed</h2><p>{escape(none)}</p>"
     states = [c for c in TITLES if any(c in e.likelihood for e in report.side_effects)]
     head = "".join(f'<th class="n">{escape(TITLES[column])}</th>' for column in states)
     rows = "".join(
@@ -190,8 +299,8 @@ def _definitions(report: Report) -> str:
     return f"<h2>What the numbers are</h2><dl>{''.join(parts)}</dl>"
 
 
-def _notes(report: Report) -> str:
-    notes = list(report.notes)
+def _notes(report: Report, more: Sequence[str] = ()) -> str:
+    notes = [*report.notes, *more]
     for line in report.lines:
         notes += [f"{line.key}, {TITLES[c]}: {n.note}" for c, n in line.cells.items() if n.note]
     notes += [

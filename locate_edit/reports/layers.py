@@ -33,7 +33,7 @@ from locate_edit.metrics.unlearning_depth import Depth, continued, from_costs, r
 from locate_edit.metrics.values import Floats
 from locate_edit.prompts import PromptSet
 from locate_edit.reports.controls import Control
-from locate_edit.reports.states import TITLES, Opened, states
+from locate_edit.reports.states import Opened, states
 
 __all__ = ["Layers", "layers", "lens_readings"]
 
@@ -101,10 +101,24 @@ class Layers:
         ]
 
     def in_words(self) -> str:
-        """Which layers of the edited model still carry the answers, beside the random mask."""
-        said = [_in_words(TITLES[state], self.carries(state)) for state in self.carried]
-        score = "" if self.depth is None else self._score(self.depth)
-        return " ".join([*(each for each in said if each), score]).strip()
+        """Which layers of the edited model still carry the answers, beside the random mask and the oracle."""
+        said = [
+            _in_words(state, self.carries(state)) for state in self.carried if state != "before"
+        ]
+        score = "" if self.depth is None else self.depth.score.estimate
+        return f"{'; '.join(said)}." + (f" Unlearning depth: {score:.2f}." if score else "")
+
+    def depth_in_words(self) -> str:
+        """What unlearning depth says, or why it says nothing; nothing without an oracle."""
+        if self.depth is None:
+            return ""
+        score = self.depth.score
+        if score.withheld:
+            return f"Unlearning depth has no number: {score.withheld}."
+        return (
+            f"Unlearning depth is {score.estimate:.2f}: 0 is an edit after which every layer still carries the "
+            "answers, 1 one after which none carries more than the oracle's."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the values of every prompt."""
@@ -126,14 +140,6 @@ class Layers:
                 "layers": self.depth.rows(),
             },
         }
-
-    def _score(self, depth: Depth) -> str:
-        if depth.score.withheld:
-            return f"Unlearning depth: withheld; {depth.score.withheld}."
-        return (
-            f"Unlearning depth {depth.score.estimate:.2f}: 0 is an edit after which every layer still carries the "
-            "answers, 1 one after which none carries more than the oracle's."
-        )
 
 
 def layers(
@@ -272,21 +278,22 @@ def _name(prompts: PromptSet, item: int) -> str:
     return f"{before} → {target[:20]}"
 
 
-def _in_words(title: str, carries: Sequence[bool | None]) -> str:
-    """One sentence about one state; nothing about the model itself, which carries its answers."""
-    if title == TITLES["before"]:
-        return ""
+_WHO = {
+    "after": "After the edit",
+    "random": "with a random mask of equal size",
+    "oracle": "in a model that never learned them",
+}
+
+
+def _in_words(state: str, carries: Sequence[bool | None]) -> str:
+    """What the layers of one state carry."""
     if all(each is None for each in carries):
-        return f"{title}: no layer's stream fits the original model, so this says nothing about it."
+        return f"{_WHO[state]} no layer's stream fits the original model, so this says nothing about it"
     known = [str(layer) for layer, each in enumerate(carries) if each]
     unfit = [str(layer) for layer, each in enumerate(carries) if each is None]
-    said = f"{title}: {_count(known)} of {len(carries)} layers still carry the answers"
-    said += f" ({', '.join(known)})" if known else ""
-    return said + (f"; the stream does not fit after {', '.join(unfit)}." if unfit else ".")
-
-
-def _count(layers: Sequence[str]) -> str:
-    return str(len(layers)) if layers else "none"
+    which = f" (after layer {', '.join(known)})" if known else ""
+    said = f"{_WHO[state]} {len(known) or 'none'} of {len(carries)} layers still carry the answers{which}"
+    return said + (f", and the stream does not fit after layer {', '.join(unfit)}" if unfit else "")
 
 
 def _plain(values: Floats) -> list[list[float | None]]:

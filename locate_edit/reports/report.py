@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from locate_edit.metrics.values import Values
 
-__all__ = ["Cell", "Example", "Line", "Report", "SideEffect", "number"]
+__all__ = ["Cell", "Example", "Line", "Report", "SideEffect", "number", "plain", "without_doubles"]
 
 FORMAT = 1
 _ARROWS = {"up": "\u2191", "down": "\u2193"}
@@ -152,7 +152,8 @@ class Report:
         examples: what the model says.
         notes: what a reader must know.
         undo: how to take the edit back, in lines of code or shell.
-        side_effects: the prompts outside the forget set whose likelihood fell most, largest fall first.
+        side_effects: the prompts outside the forget set whose likelihood fell most, largest fall first; None where
+            nobody looked.
     """
 
     lines: tuple[Line, ...]
@@ -164,7 +165,7 @@ class Report:
     examples: tuple[Example, ...] = ()
     notes: tuple[str, ...] = ()
     undo: tuple[str, ...] = ()
-    side_effects: tuple[SideEffect, ...] = ()
+    side_effects: tuple[SideEffect, ...] | None = None
 
     # ---- looking up ------------------------------------------------------------------------------
 
@@ -251,9 +252,7 @@ class Report:
         for column in self.columns:
             table.add_column(TITLES[column], justify="right")
         for name in self.set_names:
-            lines = [line for line in self.of_set(name) if line.shown]
-            if any(line.metric == "oracle_distance" for line in lines):
-                lines = [line for line in lines if line.metric != "oracle_kl"]  # the same, unscaled
+            lines = without_doubles(self.of_set(name))
             for index, line in enumerate(lines):
                 found = [line.cells.get(column, Cell(None)) for column in self.columns]
                 cells = [str(cell) if wide else number(cell.value) for cell in found]
@@ -304,11 +303,11 @@ class Report:
                 }
                 for line in shown
             },
-            "mask": _plain(self.mask),
-            "edit": _plain(self.edit),
-            "model": _plain(self.model),
-            "sets": _plain(self.sets),
-            "settings": _plain(self.settings),
+            "mask": plain(self.mask),
+            "edit": plain(self.edit),
+            "model": plain(self.model),
+            "sets": plain(self.sets),
+            "settings": plain(self.settings),
             "examples": [
                 {
                     "prompts": example.prompts,
@@ -318,7 +317,9 @@ class Report:
                 }
                 for example in self.examples
             ],
-            "side_effects": [
+            "side_effects": None
+            if self.side_effects is None
+            else [
                 {
                     "prompts": effect.prompts,
                     "item": effect.item,
@@ -374,7 +375,9 @@ class Report:
             notes=tuple(data["notes"]),
             undo=tuple(data["undo"]),
             # Older reports of this format lack them.
-            side_effects=tuple(SideEffect(**effect) for effect in data.get("side_effects", ())),
+            side_effects=None
+            if data.get("side_effects") is None
+            else tuple(SideEffect(**effect) for effect in data["side_effects"]),
         )
 
     def to_markdown(self) -> str:
@@ -467,6 +470,13 @@ class Report:
         return "; ".join(parts)
 
 
+def without_doubles(lines: Sequence[Line]) -> list[Line]:
+    """The lines of a set with any number, without the plain oracle distance where the scaled one is there."""
+    shown = [line for line in lines if line.shown]
+    scaled = any(line.metric == "oracle_distance" for line in shown)
+    return [line for line in shown if not (scaled and line.metric == "oracle_kl")]
+
+
 def number(value: float | None) -> str:
     """A number with three significant digits, as people write them."""
     if value is None:
@@ -495,14 +505,14 @@ def _interval(cell: Cell | None) -> list[float] | None:
     return [cell.low, cell.high] if math.isfinite(cell.low) and math.isfinite(cell.high) else None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Only what JSON can hold; anything else as its text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, str) or value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value)

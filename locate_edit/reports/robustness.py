@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,13 @@ class Trial:
     failed: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     does: str = ""
+
+    @property
+    def title(self) -> str:
+        """The attack's name in words, such as "latent perturbation"."""
+        kind, _, settings = self.name.partition("(")
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower()
+        return f"{words} ({settings}" if settings else words
 
     def beyond(self, model: str = "after") -> tuple[float, float, float] | None:
         """How much more a model gives away under the attack than the oracle does, with its 95% interval.
@@ -144,29 +152,30 @@ class Robustness:
         tried = [trial for trial in self.trials if "after" in trial.found]
         if not tried:
             return "No attack could be tried; the table says why."
-        back = [trial.name for trial in tried if trial.outcome() == "brings answers back"]
-        broke = [trial.name for trial in tried if trial.outcome() == "breaks the model"]
-        reference = " than from a model that never knew" if "oracle" in self.models else ""
-        said = f"Of {len(self.trials)} attacks {len(tried)} could be tried. "
-        if back:
-            said += (
-                f"{_listed(back)} {'bring' if len(back) > 1 else 'brings'} back more{reference}: there the answers are "
-                "hidden rather than gone."
+        found: dict[Outcome, list[str]] = {}
+        for trial in tried:
+            found.setdefault(trial.outcome(), []).append(trial.title)
+        than = " than from a model that never knew" if "oracle" in self.models else ""
+        said = [f"Of {len(self.trials)} attacks {len(tried)} could be tried."]
+        if back := found.get("brings answers back"):
+            said.append(
+                f"{_listed(back, 'brings', 'bring')} back more{than}: there the answers are hidden rather than gone."
             )
+            if not than:
+                said.append(
+                    "Without an oracle it cannot be told how much a model that never knew would guess under them."
+                )
         else:
-            said += (
-                f"None brings back more{reference}; what another attack would find, nobody knows."
+            said.append(
+                f"None brings back more{than}; what another attack would find, nobody knows."
             )
-        if back and not reference:
-            said += " Without an oracle it cannot be told how much a model that never knew would guess under them."
-        if broke:
-            said += f" {_listed(broke)} only broke the model, which says nothing."
-        if missing := [trial.name for trial in self.trials if trial not in tried]:
-            said += (
-                f" {_listed(missing)} {'have' if len(missing) > 1 else 'has'} no number, for the reason that the table "
-                "gives."
+        if broke := found.get("breaks the model"):
+            said.append(f"{_listed(broke, 'breaks', 'break')} the model, which says nothing.")
+        if missing := [trial.title for trial in self.trials if trial not in tried]:
+            said.append(
+                f"{_listed(missing, 'has', 'have')} no number, for the reason that the table gives."
             )
-        return said
+        return " ".join(said)
 
     def table(self) -> list[list[str]]:
         """A header, and a row for each attack and model: each measure clean and attacked, as text.
@@ -476,8 +485,10 @@ def _note(trial: Trial, model: str) -> str:
     return ", ".join([*said, "breaks the model"] if trial.breaks(model) else said)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _listed(names: Sequence[str], one: str, several: str) -> str:
+    """The beginning of a sentence about one or several of them, with its verb."""
+    said = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{said[:1].upper()}{said[1:]} {one if len(names) == 1 else several}"
 
 
 def _number(values: Values | None) -> str:

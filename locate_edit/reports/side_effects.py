@@ -9,10 +9,12 @@ from locate_edit.prompts import PromptSet
 from locate_edit.reports.report import SideEffect
 from locate_edit.reports.states import COLUMNS
 
-__all__ = ["shown_text", "side_effects"]
+__all__ = ["LEAST", "shown_text", "side_effects"]
 
 # Longer targets are cut: they are there to be looked at.
 SHOWN_TOKENS = 40
+LEAST = 0.01
+"""Falls in likelihood below this are not listed (probability)."""
 
 
 def side_effects(
@@ -21,6 +23,7 @@ def side_effects(
     *,
     forget: str = "forget",
     top: int = 10,
+    least: float = LEAST,
 ) -> tuple[SideEffect, ...]:
     """The ``top`` prompts outside the forget set whose likelihood fell most from before to after, largest fall first.
 
@@ -32,7 +35,8 @@ def side_effects(
         likelihoods: by state ("before", "after", "random", "oracle") and set, the likelihood of every item.
         sets: the prompt sets by name.
         forget: name of the set that the edit was to change.
-        top: how many at most; only prompts that fell are listed.
+        top: how many at most.
+        least: how far a likelihood must have fallen (probability).
     """
     if not {"before", "after"} <= likelihoods.keys():
         return ()
@@ -49,7 +53,7 @@ def side_effects(
         }
         for item, before in by_item.get("before", {}).items():
             after = by_item.get("after", {}).get(item)
-            if after is None or not after < before or _asks(prompts, item) & asked:
+            if after is None or before - after < least or _asks(prompts, item) & asked:
                 continue
             numbers = {c: by_item[c][item] for c in COLUMNS if item in by_item.get(c, {})}
             # The words of most of them are never shown, so they are looked up afterwards.

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from locate_edit.reports.report import Cell, Line, Report, number
+from locate_edit.reports.side_effects import LEAST
 from locate_edit.reports.states import TITLES
 
-__all__ = ["SIDE_EFFECTS", "markdown", "summary"]
+__all__ = ["NO_SIDE_EFFECTS", "SIDE_EFFECTS", "answers", "markdown", "summary"]
 
 SIDE_EFFECTS = (
     "Of the {n:,} prompts outside the forget set, those whose likelihood (geometric mean of the probabilities of the "
@@ -16,6 +17,8 @@ SIDE_EFFECTS = (
     "the same prompts tells how much of it any change of this size does."
 )
 """What stands above the table of side effects; ``n`` is the number of prompts."""
+NO_SIDE_EFFECTS = f"Of none of the {{n:,}} prompts outside the forget set the likelihood fell by {LEAST:g} or more."
+"""What stands in its place where there are none."""
 
 
 # The distance headline has its own sentence; these are not the metric the other sentences are about.
@@ -30,14 +33,19 @@ _BETTER = {
 
 def summary(report: Report) -> str:
     """What was changed, what became of the prompts to forget, how that compares, and what else moved."""
-    sentences = [
-        _what(report.mask, report.edit, report.model),
-        _forgetting(report),
-        _control(report),
-        _distance(report),
-        _elsewhere(report),
-    ]
-    return " ".join(sentence for sentence in sentences if sentence)
+    return " ".join(answers(report).values())
+
+
+def answers(report: Report) -> dict[str, str]:
+    """The same, each part under the question that it answers."""
+    found = {
+        "What was changed?": _what(report.mask, report.edit, report.model),
+        "Is it forgotten?": _forgetting(report),
+        "Did the place matter?": _control(report),
+        "Is it as if it had never been learned?": _distance(report),
+        "What else changed?": _elsewhere(report),
+    }
+    return {question: said for question, said in found.items() if said}
 
 
 def _what(mask: Mapping[str, Any], edit: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -195,8 +203,10 @@ def markdown(report: Report) -> str:
 
 
 def _side_effects(report: Report) -> list[str]:
-    if not report.side_effects:
+    if report.side_effects is None or not report.n_elsewhere:
         return []
+    if not report.side_effects:
+        return ["## What else changed", "", NO_SIDE_EFFECTS.format(n=report.n_elsewhere), ""]
     states = [c for c in TITLES if any(c in e.likelihood for e in report.side_effects)]
     head = ["prompts", "prompt", "answer", *(TITLES[column] for column in states)]
     parts = ["## What else changed", "", SIDE_EFFECTS.format(n=report.n_elsewhere), ""]

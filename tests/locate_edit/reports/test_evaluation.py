@@ -277,7 +277,7 @@ def test_side_effects_are_ranked_by_how_far_their_likelihood_fell() -> None:
     # The last item is in the forget set too, in the same words: it fell most and is no side effect.
     more = PromptSet([("c", " a"), ("b", " c a"), ("a", " b")], TOKENIZER, name="m")
     report = evaluate(Careless(), [perplexity], others={"more": more}, random=2)
-    effects = report.side_effects
+    effects = report.side_effects or ()
     # b then a has become more likely, so it is missing; equal falls keep the order of the sets.
     expected = [("retain", 0), ("retain", 2), ("more", 1), ("more", 0)]
     assert [(effect.prompts, effect.item) for effect in effects] == expected
@@ -316,13 +316,14 @@ def test_the_same_question_in_other_words_is_no_side_effect() -> None:
         "after": {"more": values(0.1, 0.2, 0.3, 0.4)},
     }
     assert [effect.item for effect in side_effects(likelihoods, sets)] == [1, 2, 3]
+    assert [effect.item for effect in side_effects(likelihoods, sets, least=0.6)] == [1, 2]
 
 
 def test_ten_side_effects_at_most_and_none_without_an_edit() -> None:
     careless = Careless()
     careless.retain = PromptSet([("b", " c")] * 12, TOKENIZER, name="r")
-    assert len(evaluate(careless, [likelihood]).side_effects) == 10
-    assert evaluate(careless.model, [likelihood], retain=careless.retain).side_effects == ()
+    assert len(evaluate(careless, [likelihood]).side_effects or ()) == 10
+    assert evaluate(careless.model, [likelihood], retain=careless.retain).side_effects is None
     only = PromptSet([("b", " a")], TOKENIZER, name="r")
     assert evaluate(careless, [likelihood], retain=only).side_effects == ()
 

@@ -143,10 +143,11 @@ def test_what_carries_is_told_only_where_the_stream_fits() -> None:
     found = made_up([0.9, 0.6, 0.1], [1.0, 0.4, 0.9])
     assert found.carries("after") == [True, None, False]
     assert found.in_words() == (
-        "after: 1 of 3 layers still carry the answers (0); the stream does not fit after 1."
+        "After the edit 1 of 3 layers still carry the answers (after layer 0), and the stream does not fit after "
+        "layer 1."
     )
     assert made_up([0.1] * 3, [1.0] * 3).in_words() == (
-        "after: none of 3 layers still carry the answers."
+        "After the edit none of 3 layers still carry the answers."
     )
     assert "no layer's stream fits" in made_up([0.9] * 3, [0.1] * 3).in_words()
     rows = {(row["state"], row["layer"]): row for row in found.rows()}
@@ -158,7 +159,13 @@ def test_what_carries_is_told_only_where_the_stream_fits() -> None:
         [1.0] * 3,
         depth=from_costs(np.ones((1, 3)), np.ones((1, 3)) / 2, np.zeros((1, 3))),
     )
-    assert "Unlearning depth 0.50: 0 is an edit" in said.in_words()
+    assert said.in_words().endswith("Unlearning depth: 0.50.")
+    assert "Unlearning depth is 0.50: 0 is an edit" in said.depth_in_words()
+    costs = np.ones((1, 3))
+    withheld = made_up([0.1] * 3, [1.0] * 3, depth=from_costs(costs, costs, costs))
+    assert "Unlearning depth" not in withheld.in_words()
+    assert withheld.depth_in_words().startswith("Unlearning depth has no number: needs: models")
+    assert found.depth_in_words() == ""
     assert said.to_json()["unlearning_depth"]["score"] == pytest.approx(0.5)
 
 

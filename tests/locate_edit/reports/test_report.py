@@ -20,6 +20,7 @@ from circuits.atomic import StorageError
 from locate_edit.draw._style import COLOURS
 from locate_edit.draw.report import before_after, metric_panel, oracle_panel
 from locate_edit.reports.report import Cell, Example, Line, Report, SideEffect, number
+from locate_edit.reports.text import NO_SIDE_EFFECTS, answers
 
 
 def line(
@@ -77,7 +78,7 @@ def test_side_effects_are_in_every_form() -> None:
     data = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert Report.from_json(data).side_effects == (HARMED,)
     del data["side_effects"]  # as reports were before there were any
-    assert Report.from_json(data).side_effects == ()
+    assert Report.from_json(data).side_effects is None
     row = "| retain | Where \\| is &lt;b>Bo&lt;/b>? | in \\| Oslo | 0.913 | 0.277 | 0.900 |"
     text = report.to_markdown()
     assert row in text.splitlines()
@@ -87,7 +88,12 @@ def test_side_effects_are_in_every_form() -> None:
     cells = "".join(f'<td class="n">{n}</td>' for n in ("0.913", "0.277", "0.900"))
     assert f"<td><code> in | Oslo</code></td>{cells}" in page
     for form in (sample().to_markdown(), sample().to_html()):
-        assert "What else changed" not in form
+        assert "What else changed<" not in form
+        assert "## What else changed" not in form
+    none = sample(side_effects=())
+    assert Report.from_json(none.to_json()).side_effects == ()
+    for form in (none.to_markdown(), none.to_html()):
+        assert NO_SIDE_EFFECTS.format(n=20) in form
 
 
 # ---- numbers and look-up -------------------------------------------------------------------------
@@ -305,7 +311,8 @@ def test_the_page_is_self_contained_and_escapes_foreign_text() -> None:
         assert head == "data:image/png;base64"
         assert base64.b64decode(code).startswith(b"\x89PNG")
     text = "".join(page.text)
-    assert report.summary in text
+    for question, said in answers(report).items():
+        assert f"{question}{said}" in text
     assert "a note with <script>alert(1)</script>" in text
     assert "Ann's <b>number</b> is" in text
     assert "edit.undo()" in text

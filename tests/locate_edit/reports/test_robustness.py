@@ -253,11 +253,13 @@ def test_in_words() -> None:
     )
     assert Robustness((nothing, broken)).in_words() == (
         "Of 2 attacks 2 could be tried. None brings back more than from a model that never knew; what another attack "
-        "would find, nobody knows. Good only broke the model, which says nothing."
+        "would find, nobody knows. Good breaks the model, which says nothing."
     )
     alone = one([0.8, 0.9], [0.1, 0.1], None)
     assert "Without an oracle it cannot be told" in Robustness((alone, alone)).in_words()
-    assert "Good and Good bring back more:" in Robustness((alone, alone)).in_words()
+    assert "Good and good bring back more:" in Robustness((alone, alone)).in_words()
+    named = Trial("LatentPerturbation(layer=1)", "")
+    assert named.title == "latent perturbation (layer=1)"
     assert Robustness((missing,)).in_words() == "No attack could be tried; the table says why."
 
 
