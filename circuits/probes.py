@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class Probe:
         shuffled_high: the highest accuracy among those; ``accuracy`` should lie clearly above it.
         examples: number of examples.
         classes: number of classes.
+        held_out: the class given to each example by the probe of the folds without it.
     """
 
     site: Site
@@ -62,6 +63,7 @@ class Probe:
     shuffled_high: float
     examples: int
     classes: int
+    held_out: tuple[Hashable, ...] = field(default=(), repr=False)
 
     @property
     def reads(self) -> bool:
@@ -94,7 +96,7 @@ class Probes:
             {
                 "site": str(p.site),
                 "layer": p.site.layer,
-                **{k: v for k, v in asdict(p).items() if k != "site"},
+                **{k: v for k, v in asdict(p).items() if k not in ("site", "held_out")},
             }
             for p in self.probes
         ]
@@ -190,22 +192,22 @@ def probe(
     fold = _folds(y, groups, folds, generator)
     shuffled = [y[torch.randperm(len(y), generator=generator)] for _ in range(shuffles)]
     targets = torch.stack([y, *shuffled])  # `labelling example`
+    names = list(classes)
     found = []
     for site, activations in states.items():
-        right = torch.zeros(targets.shape, dtype=torch.bool)
+        predicted = torch.zeros_like(targets)
         majority = torch.zeros(len(y), dtype=torch.bool)
         for number in range(folds):
             test = fold == number
-            predicted = ridge_predictions(
+            predicted[:, test] = ridge_predictions(
                 activations[~test].double(),
                 targets[:, ~test],
                 activations[test].double(),
                 len(classes),
                 penalties,
             )
-            right[:, test] = predicted == targets[:, test]
             majority[test] = y[test] == y[~test].bincount(minlength=len(classes)).argmax()
-        accuracy, *control = right.double().mean(1).tolist()
+        accuracy, *control = (predicted == targets).double().mean(1).tolist()
         low, high = wilson(accuracy, len(y), confidence)
         found.append(
             Probe(
@@ -213,6 +215,7 @@ def probe(
                 majority=float(majority.double().mean()),
                 shuffled=sum(control) / len(control), shuffled_high=max(control),
                 examples=len(y), classes=len(classes),
+                held_out=tuple(names[c] for c in predicted[0].tolist()),
             )
         )  # fmt: skip
     return Probes(tuple(found))

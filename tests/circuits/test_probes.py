@@ -106,6 +106,26 @@ def test_predictions_equal_a_ridge_regression_written_out(
     assert len({round(e, 6) for e in errors}) == 6
 
 
+def test_held_out_classes_are_those_of_probes_without_the_example() -> None:
+    """As many folds as examples: each is left out in turn, by hand. The classes come out as they were given."""
+    states, labels = planted(24)
+    names = ["abc"[label] for label in labels]
+    site = Site(1, "layer")
+    noisy = states[site] + 2 * states[Site(0, "layer")]
+    found = probe({site: noisy}, names, folds=24)[site]
+    wanted = []
+    for i in range(24):
+        rest = [j for j in range(24) if j != i]
+        y = torch.tensor([labels[j] for j in rest])[None]
+        x = noisy.double()
+        wanted.append("abc"[int(ridge_predictions(x[rest], y, x[[i]], 3))])
+    assert list(found.held_out) == wanted
+    right = [a == b for a, b in zip(wanted, names, strict=True)]
+    assert found.accuracy == pytest.approx(sum(right) / 24)
+    assert 0.4 < found.accuracy < 1
+    assert "held_out" not in probe(states, labels).rows()[0]
+
+
 def test_wilson_interval_by_hand() -> None:
     """8 of 10: the textbook value."""
     assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
