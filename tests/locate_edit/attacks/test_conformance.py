@@ -14,13 +14,16 @@ from torch import nn
 from locate_edit import catalog
 from locate_edit.attacked import Attack, Attacked
 from locate_edit.errors import LocateEditError
+from locate_edit.prompts import PromptSet
 from tests.locate_edit.engine_setting import model, prompts
 
 QUICK = {"steps": 3, "samples": 3, "candidates": 4, "restarts": 1, "length": 3}
 """Values of hyperparameters that only cost time."""
 FAMILIES = ("llama-tied", "gpt2", "bert")
-CAUSAL_ONLY: frozenset[str] = frozenset({"Sampling"})
-"""Attacks that generate, which masked models do not; they refuse with the reason."""
+CAUSAL_ONLY: frozenset[str] = frozenset({"Sampling", "Probing"})
+"""Attacks that generate, or that must not see a part of the answer; with masked models they refuse with the reason."""
+LEARNS_FROM_RETAIN: frozenset[str] = frozenset({"Probing"})
+"""Attacks that are trained on retain prompts, which must have answers in common with the forget prompts."""
 
 
 def attacks() -> list[Any]:
@@ -31,6 +34,23 @@ def attacks() -> list[Any]:
         known = {field.name for field in dataclasses.fields(attack)}
         found.append(dataclasses.replace(attack, **{k: v for k, v in QUICK.items() if k in known}))
     return found
+
+
+def given(attack: Any, name: str) -> tuple[PromptSet, PromptSet]:
+    """Forget and retain prompts for an attack on a tiny model."""
+    forget, retain = prompts(name)
+    if type(attack).__name__ in LEARNS_FROM_RETAIN:
+        others = ("Ed Moss", "Fay Lund", "Gus Hale")
+        retain = forget.reread(
+            [
+                # Something in the prompt tells the answer, or a random model's probes could read nothing.
+                {"prompt": f"{who} calls{mark}", "target": row["target"]}
+                for who in others
+                for mark, row in zip("abcd", forget.rows, strict=True)
+            ],
+            name="retain",
+        )
+    return forget, retain
 
 
 def refused(attack: Any, name: str) -> bool:
@@ -47,7 +67,7 @@ def test_the_model_is_left_as_it_was_and_seeds_repeat(
     name: str, attack: Attack, untouched: Callable[[nn.Module], nn.Module]
 ) -> None:
     net = untouched(model(name).train())
-    forget, retain = prompts(name)
+    forget, retain = given(attack, name)
     if refused(attack, name):
         with pytest.raises(LocateEditError, match="causal"):
             attack(net, forget, retain=retain, seed=3)
@@ -68,6 +88,10 @@ def test_the_model_is_left_as_it_was_and_seeds_repeat(
 
 @by_name
 def test_without_retain_prompts(attack: Attack) -> None:
+    if type(attack).__name__ in LEARNS_FROM_RETAIN:
+        with pytest.raises(LocateEditError, match="pass retain="):
+            attack(model("llama-tied"), prompts("llama-tied")[0])
+        return
     found = attack(model("llama-tied"), prompts("llama-tied")[0], batch_size=4)
     assert found.retain is None
     assert found.retain_clean is None
@@ -79,7 +103,7 @@ def test_an_interruption_leaves_the_model_as_it_was(
     attack: Attack, untouched: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = untouched(model("llama-tied"))
-    forget, retain = prompts("llama-tied")
+    forget, retain = given(attack, "llama-tied")
     passes = 0
     forward = type(net).forward
 
@@ -99,5 +123,6 @@ def test_an_interruption_leaves_the_model_as_it_was(
 @by_name
 def test_bfloat16_works(attack: Attack) -> None:
     net = model("llama-tied", torch.bfloat16)
-    found = attack(net, prompts("llama-tied")[0])
+    forget, retain = given(attack, "llama-tied")
+    found = attack(net, forget, retain=retain)
     assert np.isfinite(found.forget.values).all()

@@ -12,6 +12,9 @@ from locate_edit import organism
 from locate_edit.attacked import Attack, measure
 from tests.locate_edit.attacks.test_conformance import by_name
 
+EVERY = {"Probing": 3}
+"""One of how many retain prompts is given: more where they are what an attack learns from."""
+
 
 @pytest.fixture(scope="module")
 def knowing() -> Any:
@@ -24,7 +27,7 @@ def test_the_attack_finds_what_its_control_hides(
 ) -> None:
     net = untouched(knowing)
     forget = organism.prompts("facts", "forget01")
-    retain = organism.prompts("facts", "retain")[::60]
+    retain = organism.prompts("facts", "retain")[:: EVERY.get(type(attack).__name__, 60)]
     known = measure(net, forget).estimate
     assert known is not None
     assert known > 0.95, "the organism must know the facts first"
