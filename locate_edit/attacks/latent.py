@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from circuits import ComponentMask, ModelMap, Site, describe
+from circuits import ModelMap, Site, describe
 from circuits.forward import labelled_logits, token_log_probs
 from circuits.hooks import replace
 from circuits.still import frozen
 from locate_edit.attacked import Attacked, Point, check_prompts
-from locate_edit.attacks._edited import edited_away
+from locate_edit.attacks._locked import locked_after
 from locate_edit.errors import EditError
 from locate_edit.losses import per_item_mean
 from locate_edit.metrics.values import Floats, Values
@@ -104,14 +104,16 @@ class LatentPerturbation:
     def hide(
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> AbstractContextManager[nn.Module]:
-        """A positive control: a fifth of the last layer's neurons, edited against the prompts."""
-        model_map = describe(model)
-        last = Site(model_map.n_layers - 1, "neuron")
-        drawn = torch.rand(model_map.shape(last), generator=torch.Generator().manual_seed(seed))
-        return edited_away(
-            model, forget, mask=ComponentMask({last: drawn < 0.2}), lr=3e-3, level=2.0, batch_size=batch_size,
-            seed=seed,
-        )  # fmt: skip
+        """A positive control: a lock that 0.7 of the budget opens, in two directions of the stream after the layer.
+
+        An answer a few directions away is what the attack is made for: refusals are known to hang on one (Arditi et
+        al. 2024, arXiv:2406.11717). Only the gradient of the targets tells which: noise of the same length misses them,
+        and so does a single step. It shows that the search works at this layer and budget, not that every edit yields.
+        """
+        layer = self.layer_of(describe(model))
+        return locked_after(
+            model, layer, forget, opens_at=self.budget / 2, batch_size=batch_size, seed=seed
+        )
 
     def layer_of(self, model_map: ModelMap) -> int:
         """The layer after which the stream is perturbed.

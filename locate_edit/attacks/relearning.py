@@ -11,12 +11,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from circuits import ComponentMask, Site, describe
+from circuits import ComponentMask
 from locate_edit.attacked import Attacked, Point, check_prompts, measure
-from locate_edit.attacks._edited import edited_away
+from locate_edit.attacks._covered import covered
 from locate_edit.attacks._halves import Across, check_across, halves, marks, of_items
 from locate_edit.editing import edit
 from locate_edit.engine import StopWhen
@@ -138,17 +137,14 @@ class Relearning:
     def hide(
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> AbstractContextManager[nn.Module]:
-        """A positive control: a few steps against all the forget prompts in a fifth of the last layer's neurons.
+        """A positive control: one and the same other word laid over the answers, as a trained refusal is.
 
-        The same steps in all weights leave little to bring back, on the organism: they break retain too.
+        Half of the prompts teach to take it off, and it is off for the others as well. On "half" it lies on the forget
+        prompts and what is like them, on "unrelated" on whatever is asked, as it could not be unlearned elsewhere
+        otherwise. It shows that the training brings answers back that are whole underneath, not that it repairs others.
         """
-        model_map = describe(model)
-        last = Site(model_map.n_layers - 1, "neuron")
-        drawn = torch.rand(model_map.shape(last), generator=torch.Generator().manual_seed(seed))
-        return edited_away(
-            model, forget, mask=ComponentMask({last: drawn < 0.2}), lr=2e-3, level=2.0,
-            batch_size=batch_size, seed=seed,
-        )  # fmt: skip
+        everywhere = self.on == "unrelated"
+        return covered(model, forget, everywhere=everywhere, batch_size=batch_size, seed=seed)
 
     def _attacked(self, seen: dict[int, tuple[Values, Values | None]], trained: int) -> Attacked:
         curve = tuple(
