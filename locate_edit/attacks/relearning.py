@@ -37,7 +37,7 @@ class Relearning:
     Training teaches the form of an answer too, so the number rises somewhat in a model that never knew: compare with
     one. It also breaks models: a broken model gives no answers either, and only the retain column tells it from one
     that has forgotten. Where retain falls as far as forget, the attack was too strong to say anything. AdamW takes
-    steps of length ``lr`` also where nothing is left to learn: on prompts that the model knows by heart already, such as
+    steps of length ``lr`` also where nothing is left to learn: on prompts that the model knows by heart already, as
     retain prompts often are, "unrelated" only makes it drift.
 
     Cost: a forward and a backward of a batch each step, and five measurements of what is tested. Without a mask the
