@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -51,15 +52,19 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, like: str | None = None) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, *, like: str | None = None, ours: Sequence[str] = ()
+) -> Iterator[Path]:
     """Give an empty folder to write to, which becomes `path` when the block ends without error.
 
     A folder that is already there is replaced only when nothing of the user's can be lost: it is empty,
-    or it holds the file `like` (an earlier result of the same kind) and no file that the new one lacks.
+    or it holds the file `like` (an earlier result of the same kind) and no file that the new one lacks, other
+    than `ours`.
 
     Args:
         path: the folder to create or replace. Its parents are created when missing.
         like: name of the file by which an earlier result is recognised, e.g. `edit.json`.
+        ours: names (or patterns, such as `relearning*.png`) of files that an earlier result may have had besides.
 
     Yields:
         An empty folder beside `path`.
@@ -68,7 +73,7 @@ def atomic_folder(path: str | Path, *, like: str | None = None) -> Iterator[Path
         StorageError: `path` is a file or somebody else's folder, or the disk refuses the write.
     """
     target = Path(path)
-    check_folder(target, like=like)
+    check_folder(target, like=like, ours=ours)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -77,20 +82,26 @@ def atomic_folder(path: str | Path, *, like: str | None = None) -> Iterator[Path
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _flush(file)
-            _put_in_place(temporary, target)
+            _put_in_place(temporary, target, ours)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_folder(path: str | Path, *, like: str | None = None) -> None:
+def check_folder(path: str | Path, *, like: str | None = None, ours: Sequence[str] = ()) -> None:
     """Check that `atomic_folder` would accept a folder, so that long work need not start in vain.
+
+    Where ``ours`` names all files of a result, others among them are refused at once.
 
     Raises:
         StorageError: `path` is a file, or a folder with content that is no earlier result.
     """
     target = Path(path)
     if target.is_dir():
-        if not any(target.iterdir()) or (like is not None and (target / like).is_file()):
+        if not any(target.iterdir()):
+            return
+        if like is not None and (target / like).is_file():
+            if ours:
+                _check_lost(target, [f for f in _files(target) if f.name != like], ours)
             return
         known = f" and has no {like}" if like is not None else ""
         raise StorageError(
@@ -101,18 +112,25 @@ def check_folder(path: str | Path, *, like: str | None = None) -> None:
         raise StorageError(f"Cannot write the folder {target}: a file of that name is in the way.")
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
-    if not target.is_dir():
-        temporary.replace(target)
-        return
-    kept = {file.relative_to(target) for file in target.rglob("*") if file.is_file()}
-    lost = sorted(str(file) for file in kept if not (temporary / file).is_file())
+def _files(folder: Path) -> list[Path]:
+    return [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+
+
+def _check_lost(target: Path, gone: Sequence[Path], ours: Sequence[str]) -> None:
+    lost = sorted(str(f) for f in gone if not any(fnmatch(str(f), pattern) for pattern in ours))
     if lost:
         raise StorageError(
             f"Will not replace the folder {target}: it holds files that the new result lacks "
             f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}). Move them away, or give a new folder."
         )
+
+
+def _put_in_place(temporary: Path, target: Path, ours: Sequence[str]) -> None:
+    temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
+    if not target.is_dir():
+        temporary.replace(target)
+        return
+    _check_lost(target, [f for f in _files(target) if not (temporary / f).is_file()], ours)
     # A folder with content cannot be replaced in one step: the old one steps aside and is put back on failure.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     target.replace(aside / target.name)

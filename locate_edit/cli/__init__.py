@@ -8,7 +8,7 @@ JSON object and nothing else. Progress and errors go to standard error.
 
 # The order of --help.
 # isort: off
-from locate_edit.cli import demo, locate, edit, evaluate, compare, attack, ensemble
+from locate_edit.cli import demo, locate, edit, evaluate, attack, report, compare, ensemble
 from locate_edit.cli import plot, compare_masks, undo, info
 
 # isort: on
@@ -19,8 +19,9 @@ COMMANDS = (
     locate,
     edit,
     evaluate,
-    compare,
     attack,
+    report,
+    compare,
     ensemble,
     plot,
     compare_masks,

@@ -16,14 +16,12 @@ from locate_edit.cli.options import (
     Json,
     Model,
     Oracle,
+    Random,
     Seed,
     option,
 )
 from locate_edit.cli.program import command
-from locate_edit.cli.reading import (
-    name_values,
-    read_prompts,
-)
+from locate_edit.cli.reading import how_many_random, name_values, read_edit, read_prompts
 from locate_edit.cli.saying import (
     print_json,
     terminal,
@@ -54,6 +52,7 @@ def attack(
         str | None, option(metavar="MODEL", help="What MODEL was before it was edited.")
     ] = None,
     oracle: Oracle = None,
+    random: Random = None,
     attacks: Annotated[
         list[str] | None,
         option(
@@ -98,7 +97,6 @@ def attack(
     from circuits import describe
     from locate_edit.checkpoints import load
     from locate_edit.cli import _attack
-    from locate_edit.editing import Edit
     from locate_edit.reports.robustness import robustness
 
     if edit is not None and original is not None:
@@ -113,16 +111,18 @@ def attack(
     target: Any
     target, tokenizer = load(model, dtype=dtype, device=device)
     model_map = describe(target)
+    gone, kept = (read_prompts(file, model_map, tokenizer) for file in (forget, retain))
+    reason = "random masks need the edit itself: give --edit"
     if edit is not None:
-        target = Edit.load(edit).apply(target)
+        target, reason = read_edit(edit, target, gone, kept)
+    masks = how_many_random(random, reason, usual=0)
     before, never_knew = (
         None if text is None else load(text, dtype=dtype, device=device)[0]
         for text in (original, oracle)
     )
     found = robustness(
-        target, chosen, read_prompts(forget, model_map, tokenizer), read_prompts(retain, model_map, tokenizer),
-        original=before, oracle=never_knew, controls=controls, margin=margin, steps=steps, seconds=seconds,
-        batch_size=batch_size, seed=seed, progress=wants_progress(as_json),
+        target, chosen, gone, kept, original=before, oracle=never_knew, random=masks, controls=controls,
+        margin=margin, steps=steps, seconds=seconds, batch_size=batch_size, seed=seed, progress=wants_progress(as_json),
     )  # fmt: skip
     written = found.save(out)
     if as_json:

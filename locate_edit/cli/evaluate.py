@@ -14,13 +14,17 @@ from locate_edit.cli.options import (
     Metrics,
     Model,
     Oracle,
+    OtherOracle,
+    Random,
     Retain,
     Seed,
     option,
 )
 from locate_edit.cli.program import command
 from locate_edit.cli.reading import (
+    how_many_random,
     name_values,
+    read_edit,
     read_prompts,
 )
 from locate_edit.cli.saying import (
@@ -41,10 +45,8 @@ def evaluate(
     also: Also = None,
     metrics: Metrics = None,
     oracle: Oracle = None,
-    other_oracle: Annotated[
-        str | None,
-        option(metavar="MODEL", help="The same with another seed: the unit of the distance."),
-    ] = None,
+    other_oracle: OtherOracle = None,
+    random: Random = None,
     out: Annotated[
         Path | None,
         option(metavar="FOLDER", help="Where the report goes: HTML, JSON, Markdown and figures."),
@@ -57,25 +59,29 @@ def evaluate(
 ) -> None:
     """Measure MODEL, or an edit of it: before, after, and beside a model that never saw the text.
 
-    A control with a random mask needs the edit to be made again: locate-edit edit --report does that.
+    With the prompts that the edit was made with, it is made again on a random mask of equal size, unless --random 0.
+    What attacks bring back, and which layers still carry it: locate-edit report.
     """
     from circuits import describe
     from circuits.atomic import check_folder
     from locate_edit.checkpoints import load
     from locate_edit.cli._evaluate import measure_and_write
-    from locate_edit.editing import Edit
+    from locate_edit.reports.report import FILES
 
     if out is not None:
-        check_folder(out, like="report.json")
+        check_folder(out, like="report.json", ours=FILES)
     target: Any
     target, tokenizer = load(model, dtype=dtype, device=device)
     model_map = describe(target)
-    if edit is not None:
-        target = Edit.load(edit).apply(target)
     sets = {
         name: None if file is None else read_prompts(file, model_map, tokenizer)
         for name, file in {"forget": forget, "retain": retain}.items()
     }
+    reason = "there is no edit"
+    if edit is not None:
+        target, reason = read_edit(edit, target, **sets)
+    masks = how_many_random(random, reason, usual=1)
+    notes = () if edit is None or not reason else (f"no random control: {reason}",)
     others = {
         name: read_prompts(Path(file), model_map, tokenizer)
         for name, file in name_values(also, "--also").items()
@@ -85,6 +91,8 @@ def evaluate(
         for name, text in {"oracle": oracle, "other_oracle": other_oracle}.items()
     }
     options = {"batch_size": batch_size, "seed": seed, "others": others, **sets, **oracles}
-    summary = measure_and_write(target, out, as_json, metrics=metrics, **options)
+    if edit is not None:
+        options["random"] = masks
+    summary = measure_and_write(target, out, as_json, notes, metrics=metrics, **options)
     if as_json:
         print_json(summary)

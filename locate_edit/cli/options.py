@@ -41,6 +41,23 @@ Oracle = Annotated[
     str | None,
     option(metavar="MODEL", help="A model retrained without what was to be forgotten."),
 ]
+OtherOracle = Annotated[
+    str | None,
+    option(
+        "--other-oracle",
+        metavar="MODEL",
+        help="The same with another seed: the unit of the distance.",
+    ),
+]
+Random = Annotated[
+    int | None,
+    option(
+        "--random",
+        metavar="N",
+        min=0,
+        help="Make the edit again on so many random masks of equal size, and measure these too.",
+    ),
+]
 Retain = Annotated[
     Path | None, option(metavar="FILE", help="JSONL file of what should stay as it is.")
 ]

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from locate_edit.errors import EditError
+
 if TYPE_CHECKING:
     from circuits import ComponentMask, ModelMap
+    from locate_edit.editing import Edit
     from locate_edit.prompts import PromptSet
 
 
@@ -65,3 +68,38 @@ def read_never_seen(text: str, model_map: ModelMap, tokenizer: Any) -> Any:
 
     device = next(model_map.model.parameters()).device
     return load(text, device=str(device))[0]
+
+
+def read_edit(
+    folder: Path, model: Any, forget: PromptSet | None, retain: PromptSet | None
+) -> tuple[Edit, str]:
+    """Load an edit and apply it to its base; with the prompts it was made with, it can be made again on random masks.
+
+    Returns:
+        The edit, and why it cannot be made again; empty if it can.
+    """
+    from locate_edit.editing import Edit
+
+    made = Edit.load(folder).apply(model)
+    try:
+        if forget is None:
+            raise EditError(
+                "making the edit again takes its prompts: give them as --forget (and --retain)"
+            )
+        made.recall(forget=forget, retain=retain if made.provenance.get("retain") else None)
+    except EditError as problem:
+        return made, str(problem)
+    return made, ""
+
+
+def how_many_random(wanted: int | None, reason: str, usual: int) -> int:
+    """How many random masks there are to be, where the edit can be made again or ``reason`` says why not.
+
+    Raises:
+        EditError: some were asked for and cannot be had.
+    """
+    if wanted and reason:
+        raise EditError(f"--random {wanted}: {reason}")
+    if wanted is None:
+        return 0 if reason else usual
+    return wanted

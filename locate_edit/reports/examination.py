@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,10 @@ class Examination:
     layers: Layers | None = None
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def noted(self, note: str) -> Examination:
+        """The same with another note."""
+        return replace(self, notes=(*self.notes, note))
 
     @property
     def answers(self) -> dict[str, str]:

@@ -23,9 +23,24 @@ if TYPE_CHECKING:
 
     from locate_edit.metrics.values import Values
 
-__all__ = ["Cell", "Example", "Line", "Report", "SideEffect", "number", "plain", "without_doubles"]
+__all__ = [
+    "FILES",
+    "Cell",
+    "Example",
+    "Line",
+    "Report",
+    "SideEffect",
+    "number",
+    "plain",
+    "without_doubles",
+]
 
 FORMAT = 1
+FILES = (
+    "report.json", "report.md", "report.html", "robustness.json", "layers.json", "before_after.png",
+    "oracle_distance.png", "attacks.png", "relearning*.png", "carried.png", "lens.png", "weight_change.png",
+)  # fmt: skip
+"""What the folder of a report or an examination may hold."""
 _ARROWS = {"up": "\u2191", "down": "\u2193"}
 
 

@@ -115,6 +115,26 @@ def test_a_file_of_the_users_in_an_earlier_result_is_not_lost(tmp_path: Path) ->
     assert everything(tmp_path) == {"edit/edit.json": "first", "edit/notes.txt": "mine"}
 
 
+def test_files_that_an_earlier_result_may_have_had_make_way_and_others_are_refused_at_once(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "report"
+    out.mkdir()
+    (out / "report.json").write_text("first")
+    (out / "relearning (2).png").write_text("a figure")
+    ours = ("relearning*.png",)
+    with atomic_folder(out, like="report.json", ours=ours) as temporary:
+        (temporary / "report.json").write_text("second")
+    assert everything(tmp_path) == {"report/report.json": "second"}
+    (out / "notes.txt").write_text("mine")
+    with (
+        pytest.raises(StorageError, match=r"notes\.txt"),
+        atomic_folder(out, like="report.json", ours=ours),
+    ):
+        pytest.fail("the block must not run")
+    assert everything(tmp_path) == {"report/report.json": "second", "report/notes.txt": "mine"}
+
+
 def test_a_file_in_the_way_of_a_folder_and_the_reverse(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with (

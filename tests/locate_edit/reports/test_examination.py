@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from locate_edit.metrics.likelihood import likelihood
 from locate_edit.prompts import PromptSet
 from locate_edit.reports.examination import Examination
 from locate_edit.reports.layers import layers
-from locate_edit.reports.report import Report
+from locate_edit.reports.report import FILES, Report
 from tests.locate_edit.engine_setting import model, prompts, some_units
 from tests.locate_edit.reports.test_report import read
 
@@ -96,6 +97,7 @@ def test_the_page_and_the_files(tmp_path: Path) -> None:
     written = {path.name for path in (tmp_path / "out").iterdir()}
     pictures = {f"{name}.png" for name in ("carried", "lens", "weight_change", "before_after")}
     assert pictures <= written
+    assert all(any(fnmatch(name, pattern) for pattern in FILES) for name in written)
     assert len(page.links) == len([name for name in written if name.endswith(".png")])
     data = {
         name: json.loads((tmp_path / "out" / f"{name}.json").read_text("utf-8"))

@@ -1,0 +1,122 @@
+"""`locate-edit report`: everything about an edit on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from locate_edit.cli.options import (
+    Also,
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Metrics,
+    Model,
+    Oracle,
+    OtherOracle,
+    Random,
+    Seed,
+    option,
+)
+from locate_edit.cli.program import command
+from locate_edit.cli.reading import how_many_random, name_values, read_edit, read_prompts
+from locate_edit.cli.saying import print_json, terminal, wants_progress
+
+
+@command(
+    "report gpt2 --edit my-edit --forget forget.jsonl --retain retain.jsonl --oracle retrained --seconds 600 "
+    "--out report"
+)
+def report(
+    model: Model,
+    edit: Annotated[Path, option(metavar="FOLDER", help="The edit of MODEL.", show=False)],
+    forget: Annotated[
+        Path, option(metavar="FILE", help="JSONL file of what should be forgotten.", show=False)
+    ],
+    retain: Annotated[
+        Path, option(metavar="FILE", help="JSONL file of what it should know anyway.", show=False)
+    ],
+    out: Annotated[
+        Path,
+        option(metavar="FOLDER", help="Where page, numbers and figures go.", show=False),
+    ],
+    also: Also = None,
+    metrics: Metrics = None,
+    oracle: Oracle = None,
+    other_oracle: OtherOracle = None,
+    random: Random = None,
+    attacks: Annotated[
+        list[str] | None,
+        option(
+            "--attack",
+            metavar="NAME",
+            help="An attack of locate-edit info, or none; repeat for more. Default: all.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        option(
+            "--set",
+            metavar="NAME.KEY=VALUE",
+            help="Set a hyperparameter of one attack, such as relearning.steps=20; repeat for more.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, option(min=1, help="No attack takes more steps.")] = None,
+    seconds: Annotated[
+        float | None, option(min=0, help="No attack is begun after this time.")
+    ] = None,
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say on one page what an edit did: numbers, what attacks bring back, where it still is, and what else changed.
+
+    Before and after the edit, beside a model that never saw the text (--oracle) and a random mask of equal size, for
+    which the edit is made again: that takes the --forget and --retain it was made with.
+    """
+    from circuits import describe
+    from circuits.atomic import atomic_folder, check_folder
+    from locate_edit.checkpoints import load
+    from locate_edit.cli import _attack
+    from locate_edit.reports.examination import examine
+    from locate_edit.reports.report import FILES
+
+    none = list(attacks or ()) == ["none"]
+    chosen = [] if none else _attack.build(attacks, name_values(settings, "--set"))
+    if chosen:
+        _attack.steps_fit(chosen, steps)
+    further = name_values(also, "--also")
+    check_folder(out, like="report.json", ours=FILES)
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    model_map = describe(loaded)
+    gone, kept = (read_prompts(file, model_map, tokenizer) for file in (forget, retain))
+    made, reason = read_edit(edit, loaded, gone, kept)
+    masks = how_many_random(random, reason, usual=1)
+    oracles = [
+        None if text is None else load(text, dtype=dtype, device=device)[0]
+        for text in (oracle, other_oracle)
+    ]
+    found = examine(
+        made, metrics, forget=gone, retain=kept,
+        others={name: read_prompts(Path(file), model_map, tokenizer) for name, file in further.items()},
+        oracle=oracles[0], other_oracle=oracles[1], attacks=chosen, random=masks, seconds=seconds,
+        steps=steps, batch_size=batch_size, seed=seed, progress=wants_progress(as_json),
+    )  # fmt: skip
+    if reason:
+        found = found.noted(f"No random control: {reason}")
+    with atomic_folder(out, like="report.json", ours=FILES) as place:
+        found.save(place)
+    if as_json:
+        print_json(found.to_json())
+        return
+    console = terminal()
+    console.print(found.report.table(width=console.width))
+    for question, said in found.answers.items():
+        console.print(f"[bold]{question}[/bold]", end=" ")
+        console.print(said, highlight=False, markup=False)
+    for note in found.notes:
+        console.print(f"Note: {note}", highlight=False, markup=False)
+    console.print(f"Written: {out / 'report.html'}", soft_wrap=True)
