@@ -25,6 +25,9 @@ from locate_edit.prompts import PromptSet
 
 __all__ = ["Continuation", "decode", "end_tokens", "sample", "sample_ids", "until_end"]
 
+# Most probable tokens of a large vocabulary that are looked at first: sorting all of it costs more than a small model.
+_FEW = 1024
+
 Choose = Callable[[Tensor, int], Tensor]
 """Next tokens `row` from logits `row vocab` (float32) and the number of tokens added so far."""
 
@@ -238,6 +241,24 @@ class _Draw:
     def __call__(self, logits: Tensor, added: int) -> Tensor:
         """Tokens `row` for logits `row vocab`."""
         probabilities = torch.softmax(logits.double() / self.temperature, dim=-1)
+        numbers = self.numbers[:, added, None]
+        if self.top_p == 1 or probabilities.shape[-1] <= _FEW:
+            return self._token(probabilities, numbers)
+        most = probabilities.topk(_FEW, dim=-1)
+        # What ties with the least of these may not be among them, so those above it must have the share.
+        above = most.values * (most.values > most.values[:, -1:])
+        enough = above.cumsum(-1)[:, -1] >= self.top_p
+        token = torch.empty_like(most.indices[:, 0])
+        if enough.any():
+            few = most.indices[enough].sort(dim=-1).values
+            place = self._token(probabilities[enough].gather(-1, few), numbers[enough])
+            token[enough] = few.gather(-1, place[:, None])[:, 0]
+        if not enough.all():
+            token[~enough] = self._token(probabilities[~enough], numbers[~enough])
+        return token
+
+    def _token(self, probabilities: Tensor, numbers: Tensor) -> Tensor:
+        """Index `row` of the probability `row token` that each number `row 1` falls on."""
         order = None
         if self.top_p < 1:
             probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -246,7 +267,7 @@ class _Draw:
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
         sums = probabilities.cumsum(-1)
         # Strictly below the last sum, and past tokens of no probability.
-        wanted = self.numbers[:, added, None] * sums[:, -1:]
+        wanted = numbers * sums[:, -1:]
         place = torch.searchsorted(sums, wanted, right=True)
         last = (probabilities > 0).long().cumsum(-1).argmax(-1, keepdim=True)
         place = place.minimum(last)

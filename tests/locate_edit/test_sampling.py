@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from locate_edit import PromptSet
+from locate_edit import PromptSet, sampling
 from locate_edit.errors import PromptError
 from locate_edit.sampling import Continuation, _Draw, sample, sample_ids
 from tests.conftest import fingerprint
@@ -145,6 +145,24 @@ def test_tokens_without_probability_are_never_drawn() -> None:
     for number, token in {0.0: 1, 0.5: 3, 1.0 - 2**-53: 3}.items():
         draw = _Draw(torch.tensor([[number]], dtype=torch.float64), 1.0, 1.0)
         assert draw(logits, 0).tolist() == [token]
+
+
+@torch.no_grad()
+def test_the_few_most_probable_tokens_give_what_all_of_them_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Sharp and flat rows, and one whose logits tie in groups of seven.
+    logits = torch.randn((5, 300), generator=generator) * torch.tensor([9.0, 3.0, 1.0, 0.0, 2.0])[:, None]  # fmt: skip
+    logits[4] = (torch.arange(300) // 7 * -0.2)[torch.randperm(300, generator=generator)]
+    numbers = torch.rand((5, 40), generator=generator, dtype=torch.float64)
+    for top_p in (0.3, 0.6, 0.95):
+        draw = _Draw(numbers, 1.0, top_p)
+        monkeypatch.setattr(sampling, "_FEW", 300)
+        whole = [draw(logits, step).tolist() for step in range(40)]
+        for few in (1, 10, 24, 100):
+            monkeypatch.setattr(sampling, "_FEW", few)
+            assert [draw(logits, step).tolist() for step in range(40)] == whole, (top_p, few)
 
 
 def test_texts_belong_to_their_prompts_and_special_tokens_are_left_out() -> None:
