@@ -400,9 +400,9 @@ def _reduce(
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Ids of the tokens for 0 to 9, one list for each spelling (bare, after a space) that has all ten."""
-    spellings = (
-        tokenizer.convert_tokens_to_ids([f"{prefix}{digit}" for digit in range(10)])
-        for prefix in _PREFIXES
-    )
-    unknown = {None, tokenizer.unk_token_id}
-    return [[int(token) for token in ids] for ids in spellings if unknown.isdisjoint(ids)]
+    found = []
+    for prefix in _PREFIXES:
+        ids: Any = tokenizer.convert_tokens_to_ids([f"{prefix}{digit}" for digit in range(10)])
+        if None not in ids and tokenizer.unk_token_id not in ids:
+            found.append([int(token) for token in ids])
+    return found
