@@ -6,20 +6,24 @@ what the code says. `--picture` also runs the demo and stores its figure.
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from circuits.families import FAMILIES, Family
+from docs.make_reference import attacker, control, stated
 from locate_edit import catalog
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "first_edit.png"
 
+NOT_YET = ("attacks",)
+"""Parts whose markers README.md may lack."""
 CITATION = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -40,12 +44,37 @@ def entries_table(kind: catalog.Kind) -> str:
 
 
 def metrics_table() -> str:
-    """Name and definition of every metric."""
-    rows = [
-        (f"`{e.module.rsplit('.', 1)[-1]}.{e.attribute}`", e.summary)
-        for e in catalog.entries("metric")
-    ]
-    return table(("metric", "what it measures"), rows)
+    """Name and definition of every metric, and below it its direction, its precondition and its cost."""
+    rows = []
+    for entry in catalog.entries("metric"):
+        said = stated(inspect.getdoc(entry.load()) or "")
+        about = (said[word].removesuffix(".") for word in ("Direction", "Needs", "Cost"))
+        direction, needs, cost = (text.replace("|", "\\|") for text in about)
+        name = f"{entry.module.rsplit('.', 1)[-1]}.{entry.attribute}"
+        rows.append(
+            (
+                f"[`{name}`](docs/metrics.md#{entry.attribute})",
+                f"{entry.summary}<br><sub>{direction} · needs {needs} · {cost}</sub>",
+            )
+        )
+    return table(("metric", "what it measures, direction, precondition, cost"), rows)
+
+
+def attacks_table() -> str:
+    """Name of every attack, what it measures, and below it what the attacker may do and where it must find answers."""
+    rows = []
+    for entry in catalog.entries("attack"):
+        target = entry.load()
+        below = f"The attacker {attacker(target)} · control: {control(target)}"
+        rows.append(
+            (
+                f"[`{entry.attribute}`](docs/attacks.md#{entry.attribute.lower()})",
+                f"`{entry.name}`",
+                f"{entry.summary}<br><sub>{below}</sub>",
+                paper_link(entry.paper),
+            )
+        )
+    return table(("class", "command line", "what it measures", "paper"), rows)
 
 
 def paper_link(paper: str) -> str:
@@ -92,19 +121,24 @@ def _attention(family: Family) -> str:
 
 def rewritten(text: str) -> str:
     """The README with every generated part as the code has it now."""
-    parts = {
-        "localizers": entries_table("localizer"),
-        "methods": entries_table("method"),
-        "metrics": metrics_table(),
-        "families": families_table(),
+    parts: dict[str, Callable[[], str]] = {
+        "localizers": lambda: entries_table("localizer"),
+        "methods": lambda: entries_table("method"),
+        "metrics": metrics_table,
+        "attacks": attacks_table,
+        "families": families_table,
     }
-    for name, content in parts.items():
+    if unknown := set(re.findall(r"<!-- /(\S+) -->", text)) - set(parts):
+        raise ValueError(f"README.md: nothing is made for the parts {', '.join(sorted(unknown))}")
+    for name, made in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
-        text, count = pattern.subn(
-            lambda match, content=content: match[1] + content + match[2], text
-        )
+        count = len(pattern.findall(text))
+        if name in NOT_YET and not count:
+            continue
         if count != 1:
             raise ValueError(f"README.md: expected one part marked {name!r}, found {count}")
+        content = made()
+        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
     return text
 
 

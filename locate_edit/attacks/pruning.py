@@ -22,8 +22,10 @@ from locate_edit.prompts import PromptSet
 class Pruning:
     """Likelihood of the targets after the smallest weights of every matrix are set to zero.
 
-    The ``share`` of smallest magnitude of each matrix goes (ties: the earlier entry); embeddings, head, biases and
-    norms stay.
+    The attacker holds the weights and nothing else. The ``share`` of smallest magnitude of each matrix goes (ties: the
+    earlier entry); embeddings, head, biases and norms stay.
+
+    Cost: two measurements, before and after, and a copy of the matrices.
 
     Attributes:
         share: of the entries of each matrix (fraction).

@@ -198,14 +198,15 @@ def edit_score(efficacy: Values, paraphrase: Values, neighbourhood: Values) -> S
     }
     for name, values in given.items():
         if values.withheld:
-            return Statistic.none("edit_score", f"{name}: {values.withheld}", unit="harmonic mean")
+            reason = f"{name}: {values.withheld}"
+            return Statistic.none("edit_score", reason, unit="harmonic mean", direction="down")
         if values.name != name:
             raise PromptError(f"edit score: expected values of {name}, got {values!r}.")
     first, second, third = given.values()
     shared = np.intersect1d(np.intersect1d(first.items, second.items), third.items)
     if not len(shared):
         reason = "needs: facts with a new answer, paraphrases and neighbours"
-        return Statistic.none("edit_score", reason, unit="harmonic mean")
+        return Statistic.none("edit_score", reason, unit="harmonic mean", direction="down")
     columns = [v.values[np.searchsorted(v.items, shared)] for v in given.values()]
     return Statistic("edit_score", (np.stack(columns, axis=1),), _harmonic, "harmonic mean", "down")
 

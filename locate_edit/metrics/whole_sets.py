@@ -90,8 +90,9 @@ def key_of(metric: Metric) -> str:
 class ForgetQuality:
     """p-value that the truth ratios on the forget set are distributed as the oracle's (`forget_quality`).
 
-    Direction: near 1 is as a retrained model. Needs: an oracle, and a model that could be told from it before the edit.
-    Cost: a forward of the right and the wrong answers.
+    Direction: closeness to the oracle; distance with `report="distance"`.
+    Needs: an oracle, and a model that could be told from it before the edit.
+    Cost: that of `truth_ratio`.
 
     Attributes:
         prompts: the set; its targets are paraphrases of the answers, and its rows have `wrong` answers.
@@ -121,8 +122,9 @@ class ForgetQuality:
 class ModelUtility:
     """Harmonic mean of probability, ROUGE and truth ratio on the sets that should be kept (`model_utility`).
 
-    Direction: up is better kept. Needs: rows with `wrong` answers in every set. Cost: a greedy continuation a prompt,
-    and a forward of the wrong answers.
+    Direction: up, better kept.
+    Needs: rows with `wrong` answers in every set.
+    Cost: that of `rouge` and `truth_ratio` on every set.
 
     Attributes:
         kept: sets whose probability counts as it is (TOFU's retain set).
@@ -169,8 +171,9 @@ class ModelUtility:
 class MembershipAuc:
     """Area under the ROC curve of telling forget prompts from prompts never seen, by a membership score (`auc`).
 
-    Direction: up is better known; 0.5 tells nothing. Needs: hold-out prompts of the same making, which the model before
-    the edit can be told from. Cost: shared forward.
+    Direction: up, members are told; 0.5 tells nothing.
+    Needs: hold-out prompts of the same making, and a model before the edit that tells members from them.
+    Cost: shared forward of both sets.
 
     Attributes:
         prompts: the members.
@@ -204,8 +207,11 @@ class MembershipAuc:
 class PrivLeak:
     """PrivLeak, how much more than in the oracle the forget prompts look like members, in percent (`privleak`).
 
-    Direction: 0 is as a retrained model; below it they are still recognised, above it the removal shows. Needs: an
-    oracle and hold-out prompts of the same making. Cost: shared forward.
+    Below 0 they are still recognised, above it the removal shows.
+
+    Direction: distance from the oracle, either way.
+    Needs: an oracle, and hold-out prompts of the same making.
+    Cost: shared forward of both sets.
 
     Attributes:
         prompts: the members.
@@ -240,7 +246,9 @@ class PrivLeak:
 class Icat:
     """ICAT, 1 for a fluent model without preference, 0 for one that is all stereotype (`bias.icat`).
 
-    Direction: up. Needs: rows with a stereotyped word, its opposite and one without meaning. Cost: a forward a word.
+    Direction: up, fluent and without preference.
+    Needs: rows with a stereotyped word, its opposite and one without meaning.
+    Cost: that of `stereotype_score`.
 
     Attributes:
         prompts: the set of such rows.
@@ -267,7 +275,9 @@ class Icat:
 class EditScore:
     """CounterFact's S, the harmonic mean of efficacy, paraphrase and neighbourhood scores (`counterfact.edit_score`).
 
-    Direction: up. Needs: rows with a new answer in `wrong`, paraphrases and neighbours. Cost: two forwards a wording.
+    Direction: down, better known: the old answers are the targets.
+    Needs: rows with a new answer in `wrong`, `paraphrases` and `neighbours`.
+    Cost: that of `efficacy` on every wording and neighbour.
 
     Attributes:
         prompts: the set of such rows.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,81 @@ def test_the_page_of_ensembles_is_what_the_docstrings_say() -> None:
     assert modules | {"locate_edit.fusion"} == set(make_reference.MODULES)
     for name in ("Sisa", "ShardedEnsemble.delete", "LeaveOneOut", "joint", "fuse"):
         assert len(re.findall(rf"^#+ {name}\n\n`{name}", written, re.M)) == 1
+
+
+def test_the_page_of_metrics_is_what_the_docstrings_say() -> None:
+    written = (ROOT / "docs" / make_reference.METRICS).read_text(encoding="utf-8")
+    assert make_reference.metrics() == written, "run: python docs/make_reference.py"
+    whole = [path.split(".")[1] for path in make_reference.STATISTICS]
+    single = [entry.attribute for entry in catalog.entries("metric")]
+    for name in (*single, *whole):
+        assert len(re.findall(rf"^### {name}$", written, re.M)) == 1
+        (line,) = re.findall(rf"^\| \[`{name}`\]\(#{name}\) \|.*$", written, re.M)
+        assert len(re.split(r"(?<!\\)\|", line)) == 7, "five cells"
+        part = written.split(f"\n### {name}\n")[1].split("\n##")[0]
+        for option, about in re.findall(r"^\| `(\w+)` \| .*? \| (.*) \|$", part, re.M):
+            assert about, f"{name}({option}=...) is not explained"
+    statistics = [entry.load() for entry in catalog.entries("statistic")]
+    for target in statistics:
+        assert {"Direction", "Needs", "Cost"} <= set(
+            make_reference.stated(inspect.getdoc(target) or "")
+        )
+        assert f"\n### {target.__name__}\n" in written
+
+
+@pytest.mark.parametrize(("who", "what", "call"), make_reference.VARIANTS)
+def test_what_is_published_elsewhere_can_be_asked_for(who: str, what: str, call: str) -> None:
+    known = {entry.attribute: entry.load() for entry in catalog.entries("metric")}
+    for path in make_reference.STATISTICS:
+        module, name = path.split(".")
+        known[name] = getattr(importlib.import_module(f"locate_edit.metrics.{module}"), name)
+    calls = [node for node in ast.walk(ast.parse(call, mode="eval")) if isinstance(node, ast.Call)]
+    assert calls
+    for node in calls:
+        function = known[ast.unparse(node.func)]
+        hints = typing.get_type_hints(function)
+        bound = inspect.signature(function).bind(
+            *node.args, **{k.arg or "": k.value for k in node.keywords}
+        )
+        for name, value in bound.arguments.items():
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                assert value.value in str(hints[name]), f"{who}, {what}: {name}={value.value!r}"
+
+
+def test_the_page_of_attacks_is_what_the_docstrings_say() -> None:
+    written = (ROOT / "docs" / make_reference.ATTACKS).read_text(encoding="utf-8")
+    assert make_reference.attacks() == written, "run: python docs/make_reference.py"
+    for entry in catalog.entries("attack"):
+        part = written.split(f"\n## {entry.attribute}\n")[1].split("\n## ")[0]
+        assert "\nPositive control: " in part
+        assert "\nCost: " in part
+        for option in catalog.hyperparameters(entry.load()):
+            (about,) = re.findall(rf"^\| `{option}` \| .* \| (.*) \|$", part, re.M)
+            assert about, f"{entry.attribute}.{option} is not explained"
+
+
+def test_a_docstring_without_what_a_table_needs_is_named() -> None:
+    class Bare:
+        """Asks."""
+
+        def hide(self) -> None:
+            """Hides the answers."""
+
+    with pytest.raises(ValueError, match="Bare: say in a sentence what 'The attacker' may do"):
+        make_reference.attacker(Bare)
+    with pytest.raises(ValueError, match=r"Bare.hide: expected 'A positive control: ...', got 'Hi"):
+        make_reference.control(Bare)
+
+
+def test_marked_parts_are_those_that_are_made() -> None:
+    with pytest.raises(ValueError, match="nothing is made for the parts weather"):
+        rewritten(f"{TEXT}<!-- weather -->\n<!-- /weather -->\n")
+    with pytest.raises(ValueError, match="expected one part marked 'methods', found 0"):
+        rewritten(TEXT.replace("<!-- methods -->", ""))
+    bare = re.sub(r"<!-- /?attacks -->\n", "", TEXT)
+    marked = rewritten(f"{bare}<!-- attacks -->\n\n<!-- /attacks -->\n")
+    for entry in catalog.entries("attack"):
+        assert f"(docs/attacks.md#{entry.attribute.lower()})" in marked
 
 
 def test_a_stale_table_is_noticed() -> None:
