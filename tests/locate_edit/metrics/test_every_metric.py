@@ -14,8 +14,15 @@ from torch import nn
 
 from docs.make_reference import stated
 from locate_edit import catalog
+from locate_edit.metrics.bias import crows, icat
+from locate_edit.metrics.counterfact import edit_score
+from locate_edit.metrics.forget_quality import forget_quality
+from locate_edit.metrics.membership import auc, privleak
+from locate_edit.metrics.model_utility import model_utility
+from locate_edit.metrics.oracle_distance import oracle_distance
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
+from locate_edit.metrics.whole_sets import Measured
 from locate_edit.prompts import PromptSet
 from tests.tiny import byte_tokenizer, tiny
 
@@ -161,6 +168,40 @@ def test_the_stated_generation_is_what_is_run(cost: str) -> None:
             assert 0 < calls[0] <= most + cost.startswith("shared forward")
             if not cost.startswith("shared sampling"):  # once for all that have these settings
                 calls[:], together = [0, 0], Predictions(model, prompts, batch_size=64)
+
+
+def first_word(target: Any) -> str:
+    """Of the stated direction."""
+    return stated(inspect.getdoc(target) or "")["Direction"].split(",")[0].split()[0].rstrip(".;")
+
+
+@pytest.mark.parametrize("entry", catalog.entries("statistic"), ids=lambda entry: entry.name)
+def test_directions_of_rows_about_whole_sets(entry: catalog.Entry) -> None:
+    target = entry.load()
+    found = target()(Measured({}, {}), before=None, oracle=None)
+    assert found.withheld
+    assert found.direction == first_word(target)
+
+
+def test_directions_of_numbers_about_whole_sets() -> None:
+    def none(name: str) -> Values:
+        return Values.none(name, "needs: x")
+
+    prompts = PromptSet(BARE, byte_tokenizer())
+    model = tiny("llama")
+    scores = ("efficacy", "paraphrase_success", "neighbourhood_success")
+    found: dict[Any, Any] = {
+        auc: auc(none("nll"), none("nll")),
+        privleak: privleak(none("nll"), none("nll")),
+        forget_quality: forget_quality(none("truth_ratio"), none("truth_ratio")),
+        model_utility: model_utility({"retain": (none("nll"),)}),
+        icat: icat(none("stereotype_score"), none("language_modelling_score")),
+        edit_score: edit_score(*map(none, scores)),
+        crows: crows(Predictions(model, prompts), Predictions(model, prompts)),
+        oracle_distance: oracle_distance(model, tiny("llama", seed=1), None, prompts).nats,
+    }
+    for function, number in found.items():
+        assert number.direction == first_word(function), function.__name__
 
 
 def lengths(_prompts: Any, texts: Any) -> list[float]:
