@@ -32,11 +32,17 @@ from circuits.patching import patch
 from circuits.places import Places
 from circuits.probes import probe, read_states
 from circuits.wiring import wire
-from locate_edit import Edit, PromptSet, Report, edit, evaluate, organism
+from locate_edit import Edit, PromptSet, Report, compare, edit, evaluate, examine, organism
+from locate_edit import draw as edits
 from locate_edit.attacked import Attacked
+from locate_edit.attacks.formats import Formats
+from locate_edit.attacks.logit_lens import LogitLens
+from locate_edit.attacks.quantisation import Quantisation
 from locate_edit.attacks.relearning import Relearning
+from locate_edit.attacks.sampling import Sampling
 from locate_edit.contrast import corrupted, logit_difference
-from locate_edit.draw import edits
+from locate_edit.locate.activation_contrast import ActivationContrast
+from locate_edit.locate.attribution_patching import AttributionPatching
 from locate_edit.locate.magnitude import Magnitude
 from locate_edit.locate.privacy_neurons import PrivacyNeurons
 from locate_edit.locate.random_scores import RandomScores
@@ -44,9 +50,12 @@ from locate_edit.locate.saliency import Saliency
 from locate_edit.locate.wanda import Wanda
 from locate_edit.methods.gradient_difference import GradientDifference
 from locate_edit.methods.npo import NPO
+from locate_edit.methods.undial import UNDIAL
 from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.perplexity import perplexity
 from locate_edit.planted import plant_facts
+from locate_edit.reports.comparison import Comparison
+from locate_edit.reports.examination import Examination
 
 ROOT = Path(__file__).parent
 DPI = 100
@@ -154,6 +163,22 @@ FIGURES: dict[str, tuple[str, str]] = {
     "relearning": (
         "What comes back of one half when the edited models are fine-tuned on the other",
         "edits.relearning(v.relearned, oracle=v.relearned_oracle)",
+    ),
+    "carried": (
+        "Which layers still carry forgotten answers: their stream put into the original",
+        "edits.carried_map(v.examined.layers)",
+    ),
+    "lens": (
+        "The logit lens, prompt by prompt, for every state of the model",
+        "edits.lens_map(v.examined.layers)",
+    ),
+    "attacks": (
+        "What attacks bring back, without and under each of them",
+        "edits.attack_dots(v.examined.robustness)",
+    ),
+    "trade_off": (
+        "Forgetting against keeping, for places, methods and sizes",
+        'edits.trade_off(v.compared, keep="neighbours")',
     ),
 }
 METHODS: dict[str, Any] = {
@@ -453,6 +478,41 @@ class Values:
         kept = self.secrets("retain").select(range(60, 100))
         return self.attack(organism.load("oracle")[0], self.secrets("forget10"), retain=kept)
 
+    @cached_property
+    def examined(self) -> Examination:
+        """Facts unlearned in neurons found by attribution patching, attacked beside a random mask and the oracle."""
+        model, _ = organism.load()
+        forget, facts = (
+            organism.prompts("facts", "forget05")[:16],
+            organism.prompts("facts", "retain"),
+        )
+        mask = AttributionPatching(kinds=("neuron",))(model, forget).top(160)
+        made = edit(
+            model, NPO(steps=40, lr=1e-3, retain="kl"), mask, forget=forget, retain=facts[::29]
+        )
+        attacks = [Formats(), LogitLens(), Quantisation(), Relearning(), Sampling(samples=5)]
+        oracle, _ = organism.load("oracle")
+        return examine(made, retain=facts[7::45], oracle=oracle, attacks=attacks)
+
+    @cached_property
+    def compared(self) -> Comparison:
+        """One person's facts, unlearned in two places by two methods, measured on people with a name in common."""
+        person = organism.people("forget01")[0]
+        forget = organism.prompts("facts", "forget01").filter(lambda row: row["group"] == person.id)
+        facts = organism.prompts("facts", "retain")
+        name = {person.first, person.last}
+        close = {p.id for p in organism.people("retain") if {p.first, p.last} & name}
+        return compare(
+            self.model,
+            localizers=[ActivationContrast(), AttributionPatching(kinds=("neuron",))],
+            methods=[NPO(steps=25, lr=1e-3), UNDIAL(steps=25, lr=1e-3)],
+            budgets=[20, 80],
+            forget=forget,
+            retain=facts[::29],
+            others={"neighbours": facts.filter(lambda row: row["group"] in close)},
+            oracle=organism.load("oracle")[0],
+        )
+
 
 def main() -> None:
     """Draw and write."""
@@ -497,7 +557,7 @@ def page() -> str:
         "Every figure takes `ax=` and returns its axes; `draw.figure_data(ax)` gives the numbers behind it,",
         '`draw.save_figure(ax, "figure.pdf")` writes it at 300 dpi. All of these are drawn from the model that comes',
         "with the package by `docs/make_gallery.py`, which makes the values `v`; the code beside each is what drew it,",
-        "after `from circuits import draw` and `from locate_edit.draw import edits`.",
+        "after `from circuits import draw` and `from locate_edit import draw as edits`.",
         "",
     ]
     for name, (title, line) in FIGURES.items():

@@ -29,7 +29,7 @@ from locate_edit.attacks.quantisation import Quantisation
 from locate_edit.attacks.relearning import Relearning
 from locate_edit.draw.edits import relearning, slope_panels
 from locate_edit.draw.layers import carried_map, lens_map
-from locate_edit.draw.robustness import dots
+from locate_edit.draw.robustness import attack_dots
 from locate_edit.methods.npo import NPO
 
 torch.set_num_threads(1)  # the model is small: more threads only wait for each other
@@ -115,10 +115,10 @@ plt.show()
 # Look at the right panel too: an attack that takes the retained answers as well has broken the model.
 
 # %%
-dots(found_late.robustness).figure
+attack_dots(found_late.robustness).figure
 
 # %%
-dots(found_deep.robustness).figure
+attack_dots(found_deep.robustness).figure
 
 # %%
 for trial in found_late.robustness.trials:

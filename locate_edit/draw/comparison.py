@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from circuits.draw._style import BLACK, GREY, HUES, MARKERS, footer, provide
 from locate_edit.draw._style import free_figure
 from locate_edit.errors import EditError
 from locate_edit.reports.comparison import DISTANCE, Comparison, pareto
@@ -47,6 +49,14 @@ def heat_map(found: Comparison, key: str, ax: Axes | None = None) -> Axes:
     axes.set_xlabel("method, units")
     axes.set_title(key)
     axes.figure.colorbar(image, ax=axes)
+    provide(
+        axes,
+        lambda: [
+            {"localizer": row, "method": column[0], "units": column[1], key: float(values[i, j])}
+            for i, row in enumerate(rows)
+            for j, column in enumerate(columns)
+        ],
+    )
     return axes
 
 
@@ -55,39 +65,89 @@ def trade_off(
 ) -> Axes:
     """A point for each localizer, method and size: ``metric`` on the forget against that on the ``keep`` prompts.
 
-    The line joins the points that no other beats: less on forget and more on ``keep``, or less of both where the metric
-    is the distance to the oracle. Original and oracle are marked; going beyond the oracle on the forget prompts is no
-    merit. Prompts that no method saw (`compare(others=...)`) make the fairer ``keep``.
+    Points are means over seeds, larger for more units; colours are localizers and markers methods, and a thin line
+    joins the sizes of one pair. The wide grey line joins the points that no other beats: less on forget and more on
+    ``keep``, or less of both where the metric is the distance to the oracle. Original and oracle are marked; going
+    beyond the oracle on the forget prompts is no merit. Prompts that no method saw (`compare(others=...)`) make the
+    fairer ``keep``.
 
     Raises:
         EditError: no cell has that measure.
     """
+    from matplotlib.lines import Line2D
+
     forget, retain = _means(found, f"forget/{metric}"), _means(found, f"{keep}/{metric}")
-    places = [place for place in forget if place in retain]
-    points = [(forget[place], retain[place]) for place in places]
+    places = sorted((place for place in forget if place in retain), key=_order(found))
+    points = {place: (forget[place], retain[place]) for place in places}
+    where, how, budgets = (list(dict.fromkeys(place[k] for place in places)) for k in range(3))
+    sizes = {budget: 4.0 + 2.5 * n for n, budget in enumerate(sorted(budgets))}
+    axes = ax if ax is not None else free_figure(6.8, 4.2).add_subplot()
     sign = -1.0 if metric == DISTANCE else 1.0
-    axes = ax if ax is not None else free_figure(6.4, 4.2).add_subplot()
-    for name in dict.fromkeys(place[0] for place in places):
-        mine = [point for place, point in zip(places, points, strict=True) if place[0] == name]
-        axes.scatter([x for x, _ in mine], [y for _, y in mine], label=name, s=28)
-    best = [points[i] for i in pareto([(x, sign * y) for x, y in points])]
-    axes.plot(
-        [x for x, _ in best],
-        [y for _, y in best],
-        color="#555555",
-        lw=1,
-        zorder=0,
-        label="not beaten",
-    )
+    order = pareto([(x, sign * y) for x, y in points.values()])
+    best = [list(points.values())[i] for i in order]
+    front: dict[str, Any] = {"color": "#cccccc", "lw": 6.0, "zorder": 0, "solid_capstyle": "round"}
+    axes.plot([x for x, _ in best], [y for _, y in best], label="not beaten", **front)
+    for localizer, method in dict.fromkeys(place[:2] for place in places):
+        mine = [place for place in places if place[:2] == (localizer, method)]
+        look: dict[str, Any] = {
+            "color": HUES[where.index(localizer) % len(HUES)],
+            "marker": MARKERS[how.index(method) % len(MARKERS)],
+        }
+        axes.plot(
+            *zip(*(points[p] for p in mine), strict=True), color=look["color"], lw=0.9, alpha=0.6
+        )
+        for place in mine:
+            axes.plot(*points[place], ls="", ms=sizes[place[2]], **look)
+    handles: list[Any] = [
+        Line2D([], [], marker="o", ls="", color=HUES[n % len(HUES)], label=name)
+        for n, name in enumerate(where)
+    ]
+    handles += [
+        Line2D([], [], marker=MARKERS[n % len(MARKERS)], ls="", color=GREY, label=name)
+        for n, name in enumerate(how)
+    ]
+    handles.append(Line2D([], [], label="not beaten", **front))
     for name, values, marker in (("original", found.original, "D"), ("oracle", found.oracle, "*")):
         at = [(values or {}).get(f"{part}/{metric}") for part in ("forget", keep)]
         if (known := [value for value in at if value is not None]) == at:
-            axes.scatter(known[:1], known[1:], marker=marker, color="black", s=80, label=name)
+            handles.append(
+                axes.scatter(known[:1], known[1:], marker=marker, color=BLACK, s=80, label=name)
+            )
     axes.set_xlabel(f"{metric}, forget")
     axes.set_ylabel(f"{metric}, {keep}")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(
+        handles=handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
     axes.spines[["top", "right"]].set_visible(False)
+    seeds = len({cell.seed for cell in found.cells})
+    footer(
+        axes,
+        f"units: {', '.join(map(str, sorted(budgets)))}",
+        f"means over {seeds} seed{'s' if seeds > 1 else ''}",
+    )
+    unbeaten = {places[i] for i in order}
+    provide(
+        axes,
+        lambda: [
+            {
+                "localizer": p[0],
+                "method": p[1],
+                "units": p[2],
+                "forget": x,
+                "keep": y,
+                "not beaten": p in unbeaten,
+            }
+            for p, (x, y) in points.items()
+        ],
+    )
     return axes
+
+
+def _order(found: Comparison) -> Callable[[tuple[str, str, int]], tuple[int, int, int]]:
+    """Places in the order of the comparison, sizes rising."""
+    where = list(dict.fromkeys(cell.localizer for cell in found.cells))
+    how = list(dict.fromkeys(cell.method for cell in found.cells))
+    return lambda place: (where.index(place[0]), how.index(place[1]), place[2])
 
 
 def _means(found: Comparison, key: str) -> dict[tuple[str, str, int], float]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from circuits.draw._style import Row, provide
 from locate_edit.draw._style import COLOURS, free_figure
 from locate_edit.reports.report import Cell, Line, Report
 from locate_edit.reports.states import TITLES
@@ -88,6 +90,7 @@ def metric_panel(report: Report, metric: str, ax: Axes | None = None) -> Axes:
         axes.set_ylim(0, 1.05)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", labelsize=8)
+    provide(axes, lambda: _rows(lines))
     return axes
 
 
@@ -128,7 +131,24 @@ def oracle_panel(report: Report, ax: Axes | None = None) -> Axes:
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
+    provide(axes, lambda: _rows(lines))
     return axes
+
+
+def _rows(lines: Sequence[Line]) -> list[Row]:
+    """A dictionary for each prompt set and state."""
+    return [
+        {
+            "set": line.prompts,
+            "metric": line.metric,
+            "state": state,
+            "value": cell.value,
+            "low": cell.low,
+            "high": cell.high,
+        }
+        for line in lines
+        for state, cell in line.cells.items()
+    ]
 
 
 def _plain_log_ticks(axis: Axis) -> None:

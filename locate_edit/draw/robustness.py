@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from circuits.draw._style import Row, provide
 from locate_edit.draw._style import COLOURS, free_figure
 from locate_edit.draw.edits import relearning
 from locate_edit.errors import EditError
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
     from locate_edit.metrics.values import Values
     from locate_edit.reports.robustness import Robustness, Trial
 
-__all__ = ["curves", "dots"]
+__all__ = ["attack_curves", "attack_dots"]
 
 
-def dots(found: Robustness) -> Axes:
+def attack_dots(found: Robustness) -> Axes:
     """Two panels, forget and retain: for each attack and model a hollow dot without the attack and a full one under it.
 
     A thin bar is the 95% interval over prompts under the attack. Withheld attacks keep their row, without dots. The
@@ -70,10 +71,27 @@ def dots(found: Robustness) -> Axes:
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8
     )
     first: Axes = panels[0]
+    provide(first, lambda: _rows(found))
     return first
 
 
-def curves(trial: Trial) -> Axes:
+def _rows(found: Robustness) -> list[Row]:
+    """A dictionary for each attack and state: the dots of both panels."""
+    return [
+        {
+            "attack": trial.name,
+            "state": state,
+            **{
+                what: None if (values := getattr(attacked, what)) is None else values.estimate
+                for what in ("forget_clean", "forget", "retain_clean", "retain")
+            },
+        }
+        for trial in found.trials
+        for state, attacked in trial.found.items()
+    ]
+
+
+def attack_curves(trial: Trial) -> Axes:
     """What comes back as one attack gets stronger, a line for each state of the model (`draw.edits.relearning`).
 
     Raises:

@@ -100,14 +100,14 @@ class Examination:
     def figures(self) -> dict[str, Figure]:
         """The figures by file name, in the order of the page; those of the edit itself are `pictures`."""
         from locate_edit.draw.layers import carried_map, lens_map
-        from locate_edit.draw.robustness import curves, dots
+        from locate_edit.draw.robustness import attack_curves, attack_dots
 
         found = self.report.figures()
         if self.robustness is not None and self.robustness.models:
-            found["attacks"] = _figure_of(dots(self.robustness))
+            found["attacks"] = _figure_of(attack_dots(self.robustness))
             for trial in self.robustness.trials:
                 if trial.name.startswith("Relearning") and trial.found:
-                    found[trial.name.lower()] = _figure_of(curves(trial))
+                    found[trial.name.lower()] = _figure_of(attack_curves(trial))
         if self.layers is not None:
             found |= {"carried": carried_map(self.layers), "lens": lens_map(self.layers)}
         return found

@@ -220,7 +220,7 @@ class Robustness:
     def save(self, folder: str | Path) -> list[Path]:
         """Write `robustness.json`, `robustness.md` and, where there are numbers, `robustness.png`; their paths."""
         from circuits.draw import save_figure
-        from locate_edit.draw.robustness import dots
+        from locate_edit.draw.robustness import attack_dots
 
         place = Path(folder)
         written = []
@@ -233,7 +233,7 @@ class Robustness:
             written.append(place / name)
         if self.models:
             with atomic_file(place / "robustness.png") as path:
-                save_figure(dots(self), path, dpi=150)
+                save_figure(attack_dots(self), path, dpi=150)
             written.append(place / "robustness.png")
         return written
 

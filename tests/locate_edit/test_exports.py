@@ -10,6 +10,7 @@ import pytest
 
 import circuits
 import locate_edit
+import locate_edit.draw
 
 HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "scipy", "numpy")
 
@@ -25,7 +26,9 @@ def loaded_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("package", [circuits, locate_edit], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [circuits, locate_edit, locate_edit.draw], ids=lambda package: package.__name__
+)
 def test_every_exported_name_loads_and_is_listed(package: object) -> None:
     names = package.__all__  # type: ignore[attr-defined]
     assert len(names) == len(set(names))
@@ -40,7 +43,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["locate_edit", "locate_edit.cli", "locate_edit.catalog", "circuits"]
+    "package",
+    ["locate_edit", "locate_edit.cli", "locate_edit.catalog", "locate_edit.draw", "circuits"],
 )
 def test_importing_loads_nothing_heavy(package: str) -> None:
     assert loaded_after(f"import {package}") == set()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from circuits.draw import figure_data
 from locate_edit import EditError, PromptError
 from locate_edit.draw.comparison import heat_map, trade_off
 from locate_edit.engine import Run
@@ -207,18 +208,37 @@ def made_up() -> Comparison:
     return Comparison(cells, original, oracle)
 
 
+def front(axes: Any) -> Any:
+    """The line of the points that no other beats."""
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "not beaten"]
+    return line
+
+
+def test_the_sizes_of_one_place_and_method_are_joined_in_rising_order() -> None:
+    cells = tuple(
+        Cell("A", "NPO", budget, 0, {"forget/likelihood": x, "retain/likelihood": x}, 1.0)
+        for budget, x in ((80, 0.2), (20, 0.6), (40, 0.4))
+    )
+    axes = trade_off(Comparison(cells, {"forget/likelihood": 1.0, "retain/likelihood": 1.0}))
+    paths = [np.asarray(line.get_xdata()).tolist() for line in axes.get_lines()]
+    assert [0.6, 0.4, 0.2] in paths
+
+
 def test_figures_show_the_means_the_front_and_the_references(tmp_path: Path) -> None:
     found = made_up()
     axes = heat_map(found, "forget/likelihood")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "B", "C"]
     assert [text.get_text() for text in axes.texts] == ["0.3", "0.5"]  # C has no value
     axes = trade_off(found)
-    (line,) = axes.get_lines()
-    assert np.asarray(line.get_xydata()) == pytest.approx(np.array([[0.3, 0.9]]))
+    assert np.asarray(front(axes).get_xydata()) == pytest.approx(np.array([[0.3, 0.9]]))
+    assert figure_data(axes) == [
+        {"localizer": "A", "method": "NPO", "units": 8, "forget": pytest.approx(0.3), "keep": 0.9, "not beaten": True},
+        {"localizer": "B", "method": "NPO", "units": 8, "forget": 0.5, "keep": 0.5, "not beaten": False},
+    ]  # fmt: skip
     legend = axes.get_legend()
     assert legend is not None
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["A", "B", "not beaten", "original", "oracle"]
+    assert names == ["A", "B", "NPO", "not beaten", "original", "oracle"]
     with pytest.raises(EditError, match="no cell has 'forget/exposure'"):
         heat_map(found, "forget/exposure")
     far = Comparison(
@@ -229,8 +249,8 @@ def test_figures_show_the_means_the_front_and_the_references(tmp_path: Path) -> 
         {"forget/oracle_kl": 7.0, "others/oracle_kl": 0.0},
     )
     axes = trade_off(far, "oracle_kl", keep="others")
-    (line,) = axes.get_lines()  # of distances less is better on both; B beats C
-    assert np.asarray(line.get_xydata()) == pytest.approx(np.array([[1.0, 0.3], [2.0, 0.1]]))
+    # Of distances less is better on both; B beats C.
+    assert np.asarray(front(axes).get_xydata()) == pytest.approx(np.array([[1.0, 0.3], [2.0, 0.1]]))
     assert axes.get_ylabel() == "oracle_kl, others"
     found.save(tmp_path)
     assert json.loads((tmp_path / "comparison.json").read_text())["cells"][0]["budget"] == 8

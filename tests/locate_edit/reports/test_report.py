@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from circuits.atomic import StorageError
+from circuits.draw import figure_data
 from locate_edit.draw._style import COLOURS
 from locate_edit.draw.report import before_after, metric_panel, oracle_panel
 from locate_edit.reports.report import Cell, Example, Line, Report, SideEffect, number
@@ -333,6 +334,9 @@ def test_the_fragment_for_notebooks_is_a_table_alone() -> None:
 def test_bars_stand_for_the_numbers_and_whiskers_for_the_intervals() -> None:
     report = sample()
     axes = metric_panel(report, "likelihood")
+    assert {"set": "forget", "metric": "likelihood", "state": "before"}.items() <= figure_data(
+        axes
+    )[0].items()
     heights = {c.get_label(): [bar.get_height() for bar in c] for c in axes.containers}
     assert heights == {
         "before": [0.98, 0.9], "after": [0.1, 0.88], "random mask": [0.95, 0.89], "oracle": [0.12, 0.9]

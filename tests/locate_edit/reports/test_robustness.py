@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from circuits.draw import figure_data
 from locate_edit import EditError, organism
 from locate_edit.attacked import Attacked, measure
 from locate_edit.attacks.pruning import Pruning
 from locate_edit.attacks.quantisation import Quantisation
-from locate_edit.draw.robustness import dots
+from locate_edit.draw.robustness import attack_dots
 from locate_edit.editing import Edit, edit
 from locate_edit.errors import PromptError
 from locate_edit.methods.fine_tune import FineTune
@@ -282,19 +283,22 @@ def test_files_and_figure(tmp_path: Path) -> None:
     assert edited_["broken"] is True
     assert edited_["beyond oracle"] == pytest.approx([0.4, 0.4, 0.4])
     assert written[2].read_bytes().startswith(b"\x89PNG")
-    axes = dots(by_hand())
+    axes = attack_dots(by_hand())
     full = [
         float(np.asarray(line.get_xdata())[0])
         for line in axes.lines
         if line.get_marker() == "o" and line.get_markerfacecolor() != "white"
     ]
     assert np.allclose(full, [1.0, 0.6, 0.2])
+    rows = {row["state"]: row for row in figure_data(axes)}
+    assert rows["after"]["forget"] == pytest.approx(0.6)
+    assert rows["after"]["retain"] == pytest.approx(0.4)
     nothing = Robustness((by_hand().trials[1],))
     assert [file.name for file in nothing.save(tmp_path / "none")] == [
         "robustness.json", "robustness.md",
     ]  # fmt: skip
     with pytest.raises(EditError, match="no attack has numbers"):
-        dots(nothing)
+        attack_dots(nothing)
 
 
 @pytest.mark.parametrize(
