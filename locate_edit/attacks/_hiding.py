@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +23,13 @@ Box = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @contextmanager
 def within(
-    model: nn.Module, forget: PromptSet, box: Box, *, batch_size: int, vocabulary: bool = False
+    model: nn.Module,
+    forget: PromptSet,
+    box: Box,
+    *,
+    batch_size: int,
+    vocabulary: bool = False,
+    names: Collection[str] | None = None,
 ) -> Iterator[nn.Module]:
     """The model with weights moved against the forget prompts inside a box, while the context is open.
 
@@ -36,12 +42,17 @@ def within(
         box: of each matrix.
         batch_size: rows a forward pass.
         vocabulary: include input embeddings and output head.
+        names: of the parameters that may move; None for all matrices.
     """
     turned = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
     }
     kept = set() if vocabulary else vocabulary_weights(model)
-    matrices = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and n not in kept}
+    matrices = {
+        n: p
+        for n, p in model.named_parameters()
+        if p.ndim >= 2 and n not in kept and (names is None or n in names)
+    }
     boxes: dict[str, tuple[Tensor, Tensor]] = {}
     for name, weight in matrices.items():
         side = box(weight.detach().mT if name in turned else weight.detach())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from locate_edit import EditError
+from locate_edit import EditError, organism
 from locate_edit.attacked import changed_weights
 from locate_edit.attacks.pruning import Pruning
 from locate_edit.attacks.quantisation import Quantisation
@@ -51,6 +51,16 @@ def test_conv1d_is_rounded_by_output() -> None:
     handle.remove()
     assert torch.allclose(seen[name], Quantisation(bits=3).rounded(before.T).T)
     assert len(seen[name][:, 0].unique()) <= 7
+
+
+def test_the_control_of_groups_is_found() -> None:
+    """The largest weight of each group sets its scale: a control that moved it would round to something else."""
+    net, forget = organism.load()[0], organism.prompts("facts", "forget01")
+    attack = Quantisation(group=64)
+    with attack.hide(net, forget):
+        found = attack(net, forget)
+    assert found.forget_clean.estimate == pytest.approx(0.0, abs=0.1)
+    assert found.forget.estimate == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.parametrize(
