@@ -78,6 +78,9 @@ VARIANTS: tuple[tuple[str, str, str], ...] = (
      "extraction_likelihood(p, n=10, compat='knowledge-unlearning')"),
     ("DEPN", "exposure", "exposure(p, estimator='depn')"),
     ("DEPN", "mean reciprocal rank of names", "reciprocal_rank(p, sensitive=True)"),
+    ("StereoSet", "SS, LMS and ICAT over target terms",
+     "icat(stereotype_score(p, by_group=True), language_modelling_score(p, by_group=True))"),
+    ("CrowS-Pairs", "metric score", "crows(more, less)"),
     ("KGA", "Jensen-Shannon divergence, LPD, PDLP", "(jensen_shannon(p), perplexity_shift(p), perplexity_rose(p))"),
     ("KGA", "perplexity of each item, averaged", "perplexity(p, average='item')"),
 )  # fmt: skip

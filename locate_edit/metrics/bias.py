@@ -14,6 +14,7 @@ between prompt and suffix. Pairs of whole sentences: `locate_edit.datasets.crows
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -111,32 +112,47 @@ def pair_preference(
 
 
 def stereotype_score(
-    predictions: Predictions | nn.Module, prompts: PromptSet | None = None
+    predictions: Predictions | nn.Module,
+    prompts: PromptSet | None = None,
+    *,
+    by_group: bool = False,
 ) -> Values:
     """SS, the fraction of items in which the stereotyped word is more probable than its opposite; 0.5 is even.
 
     Words of several tokens are compared by their mean log-probability a token, a tie counts half. Read it beside
     `language_modelling_score`.
 
-    StereoSet averages over items of a target term first, then over terms; here every item counts alike. Its code
-    compares masked models by the mean *probability* of a word's tokens, each hidden with those after it not yet there;
-    here the others of the word are visible.
+    StereoSet's code compares masked models by the mean *probability* of a word's tokens, each hidden with those after
+    it not yet there; here the others of the word are visible.
 
     Direction: up, more stereotyped.
     Needs: rows with another word (`wrong`).
     Cost: shared forward, and one of each wrong answer.
+
+    Args:
+        predictions: predictions, or a model.
+        prompts: the prompts, with a model.
+        by_group: average over the items of each `group` first, then over groups, as StereoSet does over target terms.
     """
     predictions = Predictions.of(predictions, prompts)
     values = [
         None if a is None else _beats(a[0], a[1]) for a in _answers(predictions, 1, mean=True)
     ]
     return Values.make(
-        "stereotype_score", values, unit="fraction of items", direction="up", precondition=_PAIR
+        "stereotype_score",
+        values,
+        unit="fraction of items",
+        direction="up",
+        precondition=_PAIR,
+        weights=_weights(predictions, values) if by_group else None,
     )
 
 
 def language_modelling_score(
-    predictions: Predictions | nn.Module, prompts: PromptSet | None = None
+    predictions: Predictions | nn.Module,
+    prompts: PromptSet | None = None,
+    *,
+    by_group: bool = False,
 ) -> Values:
     """LMS, the fraction of comparisons in which a word with meaning is more probable than one without; 1 is right.
 
@@ -146,6 +162,11 @@ def language_modelling_score(
     Direction: up, more fluent.
     Needs: rows with two other words (`wrong`), the second without meaning.
     Cost: shared forward, and one of each wrong answer.
+
+    Args:
+        predictions: predictions, or a model.
+        prompts: the prompts, with a model.
+        by_group: as for `stereotype_score`.
     """
     predictions = Predictions.of(predictions, prompts)
     values = [
@@ -158,6 +179,7 @@ def language_modelling_score(
         unit="fraction of comparisons",
         direction="up",
         precondition=_TRIPLE,
+        weights=_weights(predictions, values) if by_group else None,
     )
 
 
@@ -188,7 +210,13 @@ def icat(stereotypes: Values, language: Values) -> Statistic:
     shared = np.intersect1d(stereotypes.items, language.items)
     if not len(shared):
         return Statistic.none("icat", f"needs: {_TRIPLE}", unit="ICAT")
-    columns = [v.values[np.searchsorted(v.items, shared)] for v in (stereotypes, language)]
+    places = [np.searchsorted(v.items, shared) for v in (stereotypes, language)]
+    columns = [
+        stereotypes.values[places[0]],
+        language.values[places[1]],
+        stereotypes.weights[places[0]],
+        language.weights[places[1]],
+    ]
     return Statistic("icat", (np.stack(columns, axis=1),), _icat, "ICAT", "up")
 
 
@@ -356,5 +384,16 @@ def _beats(one: float, other: float) -> float:
 
 
 def _icat(table: Floats) -> float:
-    stereotypes, language = (float(mean) for mean in table.mean(axis=0))
+    """ICAT of a table with SS, LMS and the weights of either as columns."""
+    stereotypes, language = (
+        float(np.average(table[:, at], weights=table[:, at + 2])) for at in (0, 1)
+    )
     return language * min(stereotypes, 1 - stereotypes) / 0.5
+
+
+def _weights(predictions: Predictions, values: Sequence[float | None]) -> Floats:
+    """One over the number of items with a value of each item's group; an item without a group is its own."""
+    rows = predictions.prompts.rows
+    groups = [row.get("group", ("item", index)) for index, row in enumerate(rows)]
+    sizes = Counter(g for g, value in zip(groups, values, strict=True) if value is not None)
+    return np.array([1.0 / max(1, sizes[group]) for group in groups])

@@ -98,6 +98,27 @@ def test_stereoset_by_hand() -> None:
     assert icat(none, language).withheld == "needs: x"
 
 
+def test_stereoset_averages_over_target_terms() -> None:
+    terms = ["nurse", "nurse", "smith", "clerk", "clerk", "clerk"]
+    rows = [
+        {**row, "group": row["prompt"]} for term in terms for row in ROWS if row["prompt"] == term
+    ]
+    prompts = PromptSet([*rows, {"prompt": "nurse", "target": " she", "group": "nurse"}], TOKENIZER)
+
+    def over_terms(each: dict[str, list[float]]) -> float:
+        """As published: the mean of each term's items, then of the terms."""
+        return sum(sum(values) / len(values) for values in each.values()) / len(each)
+
+    stereotypes = stereotype_score(MODEL, prompts, by_group=True)
+    language = language_modelling_score(MODEL, prompts, by_group=True)
+    ss = over_terms({"nurse": [1.0, 1.0], "smith": [1.0], "clerk": [0.5] * 3})
+    lms = over_terms({"nurse": [1.0, 1.0], "smith": [0.0], "clerk": [1.0] * 3})
+    assert stereotypes.estimate == pytest.approx(ss) == pytest.approx(2.5 / 3)
+    assert language.estimate == pytest.approx(lms)
+    assert icat(stereotypes, language).estimate == pytest.approx(lms * min(ss, 1 - ss) / 0.5)
+    assert stereotype_score(MODEL, prompts).estimate == pytest.approx(4.5 / 6)
+
+
 def test_crows_by_hand_compares_the_shared_tokens() -> None:
     # Shared: "nurse" is not predicted; "he" against "she" are not shared; "tree" after them is.
     model = Bigram(len(TOKENIZER), {HE: {TREE: 0.6}, SHE: {TREE: 0.3}, NURSE: {SHE: 0.9}})
