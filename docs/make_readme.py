@@ -22,8 +22,6 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "first_edit.png"
 
-NOT_YET = ("attacks",)
-"""Parts whose markers README.md may lack."""
 CITATION = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -132,13 +130,12 @@ def rewritten(text: str) -> str:
         raise ValueError(f"README.md: nothing is made for the parts {', '.join(sorted(unknown))}")
     for name, made in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
-        count = len(pattern.findall(text))
-        if name in NOT_YET and not count:
-            continue
+        content = made()
+        text, count = pattern.subn(
+            lambda match, content=content: match[1] + content + match[2], text
+        )
         if count != 1:
             raise ValueError(f"README.md: expected one part marked {name!r}, found {count}")
-        content = made()
-        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
     return text
 
 
