@@ -5,14 +5,15 @@
 3. Check the place: switch the neurons off, and as many random ones.
 4. Edit only those neurons: teach many random numbers in the place of that one, so that each digit is a guess.
 5. Evaluate before and after, beside a random mask of equal size and the oracle.
-6. Undo, compare with the model as it was, and write everything to a folder.
+6. Ask whether it is really gone: attack the edit, and look for the number in every layer.
+7. Undo, compare with the model as it was, and write everything to a folder.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from circuits import ComponentMask, Scores
 from circuits.atomic import atomic_folder, check_folder
 from circuits.draw import score_map
 from locate_edit import organism
+from locate_edit.attacks.latent import LatentPerturbation
+from locate_edit.attacks.quantisation import Quantisation
 from locate_edit.checkpoints import load
 from locate_edit.checkpoints import save as save_checkpoint
 from locate_edit.draw._style import free_figure
@@ -42,8 +46,12 @@ from locate_edit.metrics.perplexity import perplexity
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.prompts import PromptSet
 from locate_edit.replacements import random_replacements
+from locate_edit.reports.controls import Control, made
 from locate_edit.reports.evaluation import evaluate
+from locate_edit.reports.examination import Examination
+from locate_edit.reports.layers import Layers, layers
 from locate_edit.reports.report import Report
+from locate_edit.reports.robustness import Robustness, robustness
 from locate_edit.tokens import TokenMask
 
 if TYPE_CHECKING:
@@ -53,6 +61,7 @@ UNITS = 80
 CONTRAST = 1.0
 LOCALIZER = PrivacyNeurons(steps=40, rule="near_zero")
 METHOD = FineTune(steps=60, lr=2e-3, alpha=5.0, retain="kl")
+ATTACKS = (Quantisation(), LatentPerturbation())
 REPLACEMENTS = 12
 """Random numbers that are taught, for each wording. With one or a few, the model would learn those by heart."""
 SWITCHED_OFF = (10, 20, 40, 80, 160)
@@ -131,15 +140,23 @@ def run_demo(
     with step(
         console, "Measuring before, after, a random mask of equal size, and the retrained model"
     ):
-        report = measure(done, ask, oracle, other_oracle, out, seed)
+        same = made(done, [mask.random_like(seed + 1)])
+        report = measure(done, ask, oracle, other_oracle, out, same, seed)
+    with step(console, "Trying to bring the number back, and looking for it in every layer") as say:
+        found = Examination(report, *look(done, ask, oracle, same, seed))
+        say(found.answers["Where is it still?"].partition(";")[0])
     with atomic_folder(out, like="report.json") as place:
         with step(console, "Writing the report, the edit and the edited model"):
-            write(place, report, done, model, tokenizer, scores, curves, ask)
+            write(place, found, done, model, tokenizer, scores, curves, ask)
         with step(console, "Undoing the edit") as say:
             done.undo()
-            same = fingerprint(model) == before
-            say("the model is bit for bit what it was" if same else "THE MODEL IS NOT WHAT IT WAS")
-    tell(console, report, out, ask, time.perf_counter() - started)
+            unchanged = fingerprint(model) == before
+            say(
+                "the model is bit for bit what it was"
+                if unchanged
+                else "THE MODEL IS NOT WHAT IT WAS"
+            )
+    tell(console, found, out, ask, time.perf_counter() - started)
     return report.to_json()
 
 
@@ -252,7 +269,13 @@ def in_words(curves: Curves) -> str:
 
 
 def measure(
-    done: Edit, ask: Question, oracle: nn.Module, other_oracle: nn.Module, out: Path, seed: int
+    done: Edit,
+    ask: Question,
+    oracle: nn.Module,
+    other_oracle: nn.Module,
+    out: Path,
+    same: Sequence[Control],
+    seed: int,
 ) -> Report:
     """The table: before, after, random mask, oracle."""
     return evaluate(
@@ -268,7 +291,7 @@ def measure(
         },
         oracle=oracle,
         other_oracle=other_oracle,
-        random=True,
+        random=same,
         seed=seed,
         undo=(
             "edit.undo()    # in Python",
@@ -277,9 +300,18 @@ def measure(
     )
 
 
+def look(
+    done: Edit, ask: Question, oracle: nn.Module, same: Sequence[Control], seed: int
+) -> tuple[Robustness, Layers]:
+    """What attacks bring back of the number, and which layers still carry it."""
+    known = ask.secrets[::3]
+    attacked = robustness(done, ATTACKS, ask.forget, known, oracle=oracle, random=same, seed=seed)
+    return attacked, layers(done, forget=ask.forget, retain=known, oracle=oracle, random=same)
+
+
 def write(
     place: Path,
-    report: Report,
+    found: Examination,
     done: Edit,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -288,7 +320,8 @@ def write(
     ask: Question,
 ) -> None:
     """Everything into one folder."""
-    report.save(place)
+    report = found.report
+    found.save(place)
     where(scores, curves, ask).savefig(place / "where.png", dpi=200)
     overview(report, scores, curves, ask).savefig(place / "summary.png", dpi=200)
     done.save(place / "edit")
@@ -376,11 +409,13 @@ def step(console: Console, what: str) -> Iterator[Callable[[str], None]]:
         console.print(f"  {text}", highlight=False)
 
 
-def tell(console: Console, report: Report, out: Path, ask: Question, seconds: float) -> None:
+def tell(console: Console, found: Examination, out: Path, ask: Question, seconds: float) -> None:
     """The table, what it means, and what to do next."""
     console.print()
+    report = found.report
     console.print(report.table(width=console.width))
-    console.print(report.summary, highlight=False)
+    for question, said in found.answers.items():
+        console.print(f"[bold]{question}[/bold] {escape(said)}", highlight=False)
     console.print()
     for example in [e for e in report.examples if e.prompts == "forget"][:1]:
         console.print(f"[bold]{example.prompt}[/bold] ...", highlight=False)
@@ -394,7 +429,7 @@ def tell(console: Console, report: Report, out: Path, ask: Question, seconds: fl
         "--out mask.safetensors",
         "": "locate-edit edit MODEL --method fine-tune --mask mask.safetensors --forget replaced.jsonl "
         "--retain retain.jsonl --set retain=kl --set alpha=5 --lr 2e-3 --out my-edit",
-        " ": "locate-edit evaluate MODEL --edit my-edit --forget forget.jsonl --retain retain.jsonl --out my-report",
+        " ": "locate-edit report MODEL --edit my-edit --forget forget.jsonl --retain retain.jsonl --out my-report",
     }
     for name, line in lines.items():
         console.print(f"[bold]{name:<12}[/bold]{line}", highlight=False, soft_wrap=True)

@@ -288,11 +288,12 @@ _WHO = {
 def _in_words(state: str, carries: Sequence[bool | None]) -> str:
     """What the layers of one state carry."""
     if all(each is None for each in carries):
-        return f"{_WHO[state]} no layer's stream fits the original model, so this says nothing about it"
+        return f"{_WHO[state]} no layer's stream fits the original model, so nothing can be said"
     known = [str(layer) for layer, each in enumerate(carries) if each]
     unfit = [str(layer) for layer, each in enumerate(carries) if each is None]
     which = f" (after layer {', '.join(known)})" if known else ""
-    said = f"{_WHO[state]} {len(known) or 'none'} of {len(carries)} layers still carry the answers{which}"
+    rest = f" of {len(carries)} layers still carry the answers" if state == "after" else ""
+    said = f"{_WHO[state]} {len(known) or 'none'}{rest}{which}"
     return said + (f", and the stream does not fit after layer {', '.join(unfit)}" if unfit else "")
 
 
