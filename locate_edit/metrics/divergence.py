@@ -53,14 +53,9 @@ def _mean(predictions: Predictions, name: str) -> Values:
     array: Floats = getattr(
         predictions, "divergence" if name == "kl_divergence" else "jensen_shannon"
     )
-    weights = predictions.split(predictions.weight)
-    values = [
-        float(w @ part / w.sum()) if w.sum() else None
-        for w, part in zip(weights, predictions.split(array), strict=True)
-    ]
     return Values.make(
         name,
-        values,
+        predictions.means(array),
         unit="nats a token",
         direction="distance",
         precondition="at least one scored token of non-zero weight",

@@ -14,6 +14,7 @@ precondition, wrong answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +41,7 @@ def likelihood(predictions: Predictions | nn.Module, prompts: PromptSet | None =
     Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
-    values = [_ratio(np.exp, total, mass) for total, mass in _sums(predictions)]
+    values = [None if mean is None else math.exp(mean) for mean in _means(predictions)]
     return Values.make(
         "likelihood", values, unit="probability", direction="up", precondition=_WEIGHTED
     )
@@ -58,7 +59,10 @@ def probability(predictions: Predictions | nn.Module, prompts: PromptSet | None 
     Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
-    values = [_ratio(np.exp, total, 1.0 if mass else 0.0) for total, mass in _sums(predictions)]
+    values = [
+        None if mean is None else math.exp(mean * mass)
+        for mean, mass in zip(_means(predictions), predictions.mass.tolist(), strict=True)
+    ]
     return Values.make(
         "probability", values, unit="probability", direction="up", precondition=_WEIGHTED
     )
@@ -75,7 +79,7 @@ def nll(predictions: Predictions | nn.Module, prompts: PromptSet | None = None) 
     Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
-    values = [_ratio(np.negative, total, mass) for total, mass in _sums(predictions)]
+    values = [None if mean is None else -mean for mean in _means(predictions)]
     return Values.make("nll", values, unit="nats a token", direction="down", precondition=_WEIGHTED)
 
 
@@ -100,11 +104,10 @@ def normalised_probability(
         compat: "open-unlearning" adds 1e-10 to the denominator, which tells where probabilities vanish.
     """
     predictions = Predictions.of(predictions, prompts)
-    right = [_ratio(np.negative, total, mass) for total, mass in _sums(predictions)]
-    wrong: list[Floats] = [np.zeros(0)] * len(right)
+    losses = [np.nan if mean is None else -mean for mean in _means(predictions)]
+    wrong: list[Floats] = [np.zeros(0)] * len(losses)
     if any(row.get("wrong") for row in predictions.prompts.rows):
-        wrong = wrong_losses(predictions.wrong, len(right))
-    losses = [np.nan if loss is None else loss for loss in right]
+        wrong = wrong_losses(predictions.wrong, len(losses))
     return normalised_from_losses(losses, wrong, compat=compat)
 
 
@@ -131,13 +134,6 @@ def normalised_from_losses(
     )
 
 
-def _sums(predictions: Predictions) -> list[tuple[float, float]]:
-    """Weighted sum of the log-probabilities and sum of the weights of each item."""
-    weights = predictions.split(predictions.weight)
-    logprobs = predictions.split(predictions.logprob)
-    return [(float(w @ lp), float(w.sum())) for w, lp in zip(weights, logprobs, strict=True)]
-
-
-def _ratio(transform: np.ufunc, total: float, mass: float) -> float | None:
-    """`transform(total / mass)`, or None where there is no mass."""
-    return float(transform(total / mass)) if mass else None
+def _means(predictions: Predictions) -> list[float | None]:
+    """Mean log-probability a token of each item."""
+    return predictions.means(predictions.logprob)

@@ -442,11 +442,7 @@ def _counted(predictions: Predictions, array: Floats, compat: Compat | None) -> 
 
 def _losses(predictions: Predictions, logprob: Floats) -> list[float | None]:
     """Mean loss of each item, weighted; None where all weights are 0."""
-    weights = predictions.split(predictions.weight)
-    return [
-        -float(w @ part) / float(w.sum()) if w.sum() else None
-        for part, w in zip(predictions.split(logprob), weights, strict=True)
-    ]
+    return [None if mean is None else -mean for mean in predictions.means(logprob)]
 
 
 def _lowest(values: Floats, k: float) -> float | None:

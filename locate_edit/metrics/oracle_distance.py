@@ -153,9 +153,4 @@ def divergences(
 
 def item_means(of: Predictions, values: Floats) -> Floats:
     """The weighted mean over each item's scored tokens, `item` float64; 0 for an item whose weights are all 0."""
-    return np.array(
-        [
-            float(w @ v) / float(w.sum()) if w.sum() else 0.0
-            for w, v in zip(of.split(of.weight), of.split(values), strict=True)
-        ]
-    )
+    return np.array([0.0 if mean is None else mean for mean in of.means(values)])

@@ -37,12 +37,7 @@ def perplexity(
         average: "token" or "item".
     """
     predictions = Predictions.of(predictions, prompts)
-    weights = predictions.split(predictions.weight)
-    losses = predictions.split(-predictions.logprob)
-    mass = [float(w.sum()) for w in weights]
-    means = [
-        float(w @ loss) / m if m else None for w, loss, m in zip(weights, losses, mass, strict=True)
-    ]
+    means = predictions.means(-predictions.logprob)
     needs = "at least one scored token of non-zero weight"
     if average == "item":
         each = [None if mean is None else float(np.exp(mean)) for mean in means]
@@ -53,6 +48,6 @@ def perplexity(
         unit="tokens",
         direction="down",
         precondition=needs,
-        weights=mass,
+        weights=predictions.mass,
         scale="exp",
     )

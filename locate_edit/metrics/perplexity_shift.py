@@ -69,12 +69,8 @@ def _compared(
     if predictions.reference is None:
         reason = "needs: a reference model, Predictions(model, prompts, reference=...)"
         return Values.none(name, reason, unit=unit, direction=direction)
-    fall = predictions.split(predictions.logprob - predictions.reference_logprob)
-    weights = predictions.split(predictions.weight)
-    values = [
-        of(-float(w @ part / w.sum())) if w.sum() else None
-        for w, part in zip(weights, fall, strict=True)
-    ]
+    rises = predictions.means(predictions.reference_logprob - predictions.logprob)
+    values = [None if rise is None else of(rise) for rise in rises]
     return Values.make(
         name,
         values,

@@ -308,6 +308,19 @@ class Predictions:
         """An array over scored tokens as one array an item."""
         return [array[self.of_item(index)] for index in range(len(self))]
 
+    def means(self, array: Floats) -> list[float | None]:
+        """The weighted mean of an array over each item's scored tokens; None where all weights are 0."""
+        totals = np.add.reduceat(self.weight * array, self._starts)
+        return [
+            total / mass if mass else None
+            for total, mass in zip(totals.tolist(), self.mass.tolist(), strict=True)
+        ]
+
+    @cached_property
+    def mass(self) -> Floats:
+        """The sum of the weights of each item's scored tokens, `item` float64."""
+        return np.asarray(np.add.reduceat(self.weight, self._starts), dtype=np.float64)
+
     # ---- the forward pass ------------------------------------------------------------------------
 
     @cached_property

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from locate_edit.metrics.predictions import Predictions
-from locate_edit.metrics.values import Values
+from locate_edit.metrics.values import Floats, Values
 from locate_edit.prompts import PromptSet
 
 __all__ = ["reciprocal_rank"]
@@ -36,16 +36,10 @@ def reciprocal_rank(
         sensitive: take the tokens inside spans alone (names in a sentence, say).
     """
     predictions = Predictions.of(predictions, prompts)
-    values: list[float | None] = []
-    for index in range(len(predictions)):
-        where = predictions.of_item(index)
-        weight = predictions.weight[where]
-        if sensitive:
-            weight = weight * np.array(predictions.prompts.sensitive(index), dtype=np.float64)
-        mass = float(weight.sum())
-        values.append(
-            float(weight @ (1.0 / (predictions.rank[where] + 1)) / mass) if mass else None
-        )
+    reciprocal = 1.0 / (predictions.rank + 1)
+    values = predictions.means(reciprocal)
+    if sensitive:
+        values = [_inside(predictions, index, reciprocal) for index in range(len(predictions))]
     return Values.make(
         "reciprocal_rank",
         values,
@@ -53,3 +47,11 @@ def reciprocal_rank(
         direction="up",
         precondition="a scored token of non-zero weight" + (" inside a span" if sensitive else ""),
     )
+
+
+def _inside(predictions: Predictions, index: int, array: Floats) -> float | None:
+    """The weighted mean of an array over the scored tokens of an item that are inside spans."""
+    where = predictions.of_item(index)
+    inside = np.array(predictions.prompts.sensitive(index), dtype=np.float64)
+    weight = predictions.weight[where] * inside
+    return float(weight @ array[where] / weight.sum()) if weight.any() else None

@@ -79,12 +79,8 @@ def truth_ratio(
         compat: "open-unlearning" adds 1e-10 to every denominator, which tells where probabilities vanish.
     """
     predictions = Predictions.of(predictions, prompts)
-    weights = predictions.split(predictions.weight)
-    losses = predictions.split(-predictions.logprob)
-    right = [
-        float(w @ loss / w.sum()) if w.sum() else np.nan
-        for w, loss in zip(weights, losses, strict=True)
-    ]
+    means = predictions.means(-predictions.logprob)
+    right = [np.nan if mean is None else mean for mean in means]
     wrong = [np.zeros(0)] * len(right)
     if any(row.get("wrong") for row in predictions.prompts.rows):
         wrong = wrong_losses(predictions.wrong, len(right))
