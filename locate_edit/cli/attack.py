@@ -10,13 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from locate_edit.cli.options import (
+    Attacks,
     BatchSize,
     Device,
     Dtype,
+    Gone,
     Json,
+    Kept,
     Model,
+    MostSteps,
+    NamedSetting,
     Oracle,
     Random,
+    Seconds,
     Seed,
     option,
 )
@@ -35,12 +41,8 @@ from locate_edit.cli.saying import (
 )
 def attack(
     model: Model,
-    forget: Annotated[
-        Path, option(metavar="FILE", help="JSONL file of what should be forgotten.", show=False)
-    ],
-    retain: Annotated[
-        Path, option(metavar="FILE", help="JSONL file of what it should know anyway.", show=False)
-    ],
+    forget: Gone,
+    retain: Kept,
     out: Annotated[
         Path,
         option(metavar="FOLDER", help="Where table, numbers and figure go.", show=False),
@@ -53,26 +55,10 @@ def attack(
     ] = None,
     oracle: Oracle = None,
     random: Random = None,
-    attacks: Annotated[
-        list[str] | None,
-        option(
-            "--attack",
-            metavar="NAME",
-            help="An attack of locate-edit info, or package.module:Name; repeat for more. Default: all.",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        option(
-            "--set",
-            metavar="NAME.KEY=VALUE",
-            help="Set a hyperparameter of one attack, such as relearning.steps=20; repeat for more.",
-        ),
-    ] = None,
-    steps: Annotated[int | None, option(min=1, help="No attack takes more steps.")] = None,
-    seconds: Annotated[
-        float | None, option(min=0, help="No attack is begun after this time.")
-    ] = None,
+    attacks: Attacks = None,
+    settings: NamedSetting = None,
+    steps: MostSteps = None,
+    seconds: Seconds = None,
     margin: Annotated[
         float,
         option(

@@ -18,6 +18,7 @@ from locate_edit.cli.options import (
     Json,
     Metrics,
     Model,
+    NamedSetting,
     Oracle,
     Seed,
     option,
@@ -85,14 +86,7 @@ def compare(
     also: Also = None,
     metrics: Metrics = None,
     oracle: Oracle = None,
-    settings: Annotated[
-        list[str] | None,
-        option(
-            "--set",
-            metavar="NAME.KEY=VALUE",
-            help="Set a hyperparameter of one localizer or method, such as npo.beta=0.1; repeat for more.",
-        ),
-    ] = None,
+    settings: NamedSetting = None,
     steps: Annotated[int | None, option(min=1, help="Steps of every method that has them.")] = None,
     lr: Annotated[
         float | None, option(min=0, help="Learning rate of every method that has one.")

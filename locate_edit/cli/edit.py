@@ -11,6 +11,7 @@ from locate_edit.cli.options import (
     Device,
     Dtype,
     Json,
+    Mask,
     Model,
     Retain,
     Seed,
@@ -45,13 +46,7 @@ def edit(
         Path, option(metavar="FILE", help="JSONL file of what to change.", show=False)
     ],
     out: Annotated[Path, option(metavar="FOLDER", help="Where to save the edit.", show=False)],
-    mask: Annotated[
-        str | None,
-        option(
-            metavar="FILE|UNITS",
-            help="A mask file, or units such as 'L4.neuron[3 17-20]'; default: all weights.",
-        ),
-    ] = None,
+    mask: Mask = None,
     retain: Retain = None,
     never_seen: Annotated[
         str,

@@ -13,6 +13,7 @@ from locate_edit.cli.options import (
     Device,
     Dtype,
     Json,
+    Mask,
     Model,
     Retain,
     Seed,
@@ -51,13 +52,7 @@ def train(
     model: Model,
     data: Annotated[Path, option(metavar="FILE", help="JSONL file of what to learn.", show=False)],
     out: Annotated[Path, option(metavar="FOLDER", help="Where to save the ensemble.", show=False)],
-    mask: Annotated[
-        str | None,
-        option(
-            metavar="FILE|UNITS",
-            help="A mask file, or units such as 'L4.neuron[3 17-20]'; default: all weights.",
-        ),
-    ] = None,
+    mask: Mask = None,
     shards: Annotated[int, option(min=1, help="Models, each trained on its own rows.")] = 3,
     slices: Annotated[
         int, option(min=1, help="Checkpoints a shard: more make deletions cheaper.")

@@ -58,6 +58,44 @@ Random = Annotated[
         help="Make the edit again on so many random masks of equal size, and measure these too.",
     ),
 ]
+Attacks = Annotated[
+    list[str] | None,
+    option(
+        "--attack",
+        metavar="NAME",
+        help="An attack of locate-edit info, or package.module:Name; repeat for more. Default: all.",
+    ),
+]
+MostSteps = Annotated[int | None, option("--steps", min=1, help="No attack takes more steps.")]
+Seconds = Annotated[
+    float | None, option("--seconds", min=0, help="No attack is begun after this time.")
+]
+NamedSetting = Annotated[
+    list[str] | None,
+    option(
+        "--set",
+        metavar="NAME.KEY=VALUE",
+        help="Set a hyperparameter of one of them by name, such as npo.beta=0.1 or relearning.steps=20; repeat for more.",
+    ),
+]
+Mask = Annotated[
+    str | None,
+    option(
+        "--mask",
+        metavar="FILE|UNITS",
+        help="A mask file, or units such as 'L4.neuron[3 17-20]'; default: all weights.",
+    ),
+]
+Gone = Annotated[
+    Path,
+    option("--forget", metavar="FILE", help="JSONL file of what should be forgotten.", show=False),
+]
+Kept = Annotated[
+    Path,
+    option(
+        "--retain", metavar="FILE", help="JSONL file of what it should know anyway.", show=False
+    ),
+]
 Retain = Annotated[
     Path | None, option(metavar="FILE", help="JSONL file of what should stay as it is.")
 ]

@@ -7,15 +7,21 @@ from typing import Annotated
 
 from locate_edit.cli.options import (
     Also,
+    Attacks,
     BatchSize,
     Device,
     Dtype,
+    Gone,
     Json,
+    Kept,
     Metrics,
     Model,
+    MostSteps,
+    NamedSetting,
     Oracle,
     OtherOracle,
     Random,
+    Seconds,
     Seed,
     option,
 )
@@ -31,12 +37,8 @@ from locate_edit.cli.saying import print_json, terminal, wants_progress
 def report(
     model: Model,
     edit: Annotated[Path, option(metavar="FOLDER", help="The edit of MODEL.", show=False)],
-    forget: Annotated[
-        Path, option(metavar="FILE", help="JSONL file of what should be forgotten.", show=False)
-    ],
-    retain: Annotated[
-        Path, option(metavar="FILE", help="JSONL file of what it should know anyway.", show=False)
-    ],
+    forget: Gone,
+    retain: Kept,
     out: Annotated[
         Path,
         option(metavar="FOLDER", help="Where page, numbers and figures go.", show=False),
@@ -46,26 +48,10 @@ def report(
     oracle: Oracle = None,
     other_oracle: OtherOracle = None,
     random: Random = None,
-    attacks: Annotated[
-        list[str] | None,
-        option(
-            "--attack",
-            metavar="NAME",
-            help="An attack of locate-edit info, or none; repeat for more. Default: all.",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        option(
-            "--set",
-            metavar="NAME.KEY=VALUE",
-            help="Set a hyperparameter of one attack, such as relearning.steps=20; repeat for more.",
-        ),
-    ] = None,
-    steps: Annotated[int | None, option(min=1, help="No attack takes more steps.")] = None,
-    seconds: Annotated[
-        float | None, option(min=0, help="No attack is begun after this time.")
-    ] = None,
+    attacks: Attacks = None,
+    settings: NamedSetting = None,
+    steps: MostSteps = None,
+    seconds: Seconds = None,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     device: Device = "auto",
