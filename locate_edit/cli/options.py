@@ -75,7 +75,7 @@ NamedSetting = Annotated[
     option(
         "--set",
         metavar="NAME.KEY=VALUE",
-        help="Set a hyperparameter of one of them by name, such as npo.beta=0.1 or relearning.steps=20; repeat for more.",
+        help="Set a hyperparameter of one of them, such as npo.beta=0.1 or relearning.steps=20; repeat for more.",
     ),
 ]
 Mask = Annotated[
