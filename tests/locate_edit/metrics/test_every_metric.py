@@ -21,6 +21,7 @@ from locate_edit.metrics.membership import auc, privleak
 from locate_edit.metrics.model_utility import model_utility
 from locate_edit.metrics.oracle_distance import oracle_distance
 from locate_edit.metrics.predictions import Predictions
+from locate_edit.metrics.unlearning_depth import unlearning_depth
 from locate_edit.metrics.values import Values
 from locate_edit.metrics.whole_sets import Measured
 from locate_edit.prompts import PromptSet
@@ -168,6 +169,28 @@ def test_the_stated_generation_is_what_is_run(cost: str) -> None:
             assert 0 < calls[0] <= most + cost.startswith("shared forward")
             if not cost.startswith("shared sampling"):  # once for all that have these settings
                 calls[:], together = [0, 0], Predictions(model, prompts, batch_size=64)
+
+
+def test_the_stated_forwards_of_numbers_about_several_models() -> None:
+    edited, one, two, other = models = [tiny("llama", seed=seed) for seed in range(4)]
+    prompts = PromptSet(BARE, byte_tokenizer())
+    calls = [0] * 4
+    for index, model in enumerate(models):
+
+        def count(*_: Any, index: int = index) -> None:
+            calls[index] += 1
+
+        model.register_forward_pre_hook(count)  # some passes stop halfway
+    oracle_distance(edited, one, two, prompts)
+    assert stated(oracle_distance.__doc__ or "")["Cost"] == "one forward of each model."
+    assert calls == [1, 1, 1, 0]
+    cost = stated(inspect.getdoc(unlearning_depth) or "")["Cost"]
+    assert cost.startswith("layers + 2 forwards a prompt, twice, and a retain prompt, once (twice")
+    layers = edited.config.num_hidden_layers
+    for second, retained in ((None, 1), (other, 2)):
+        calls[:] = [0] * 4
+        unlearning_depth(edited, one, two, prompts, retain=prompts, other_oracle=second)
+        assert sum(calls) == (layers + 2) * (2 + retained)
 
 
 def first_word(target: Any) -> str:
