@@ -67,6 +67,10 @@ def test_equal_to_the_literal_definition_for_any_batch_size(family: str, pad: st
         for field in FIELDS:
             got = getattr(predictions, field)
             assert got == pytest.approx(expected[field], rel=5e-6, abs=2e-6), field
+        digits = predictions.digits
+        assert len(digits.label) > 5
+        own = digits.logprob[np.arange(len(digits.value)), digits.value]
+        assert own == pytest.approx(predictions.logprob[digits.label], abs=1e-9)
 
 
 def test_the_order_of_the_items_and_the_padding_side_do_not_matter() -> None:
