@@ -36,6 +36,7 @@ class Size:
 
 SIZES = {
     "45m": Size(12, 512, 1536, 8, 8192, neurons=16, rank=4),
+    "45m-32k": Size(8, 512, 1536, 8, 32000, neurons=16, rank=4),
     "150m": Size(16, 768, 2304, 12, 32000, neurons=24, rank=6),
     "tiny": Size(4, 64, 192, 4, 300, neurons=4, rank=1),
 }
