@@ -26,10 +26,11 @@ CITATION = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; bars within a cell are escaped, inside code too, as GitHub wants."""
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    escaped = ([cell.replace("|", "\\|") for cell in cells] for cells in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
 def entries_table(kind: catalog.Kind) -> str:
@@ -46,8 +47,9 @@ def metrics_table() -> str:
     rows = []
     for entry in catalog.entries("metric"):
         said = stated(inspect.getdoc(entry.load()) or "")
-        about = (said[word].removesuffix(".") for word in ("Direction", "Needs", "Cost"))
-        direction, needs, cost = (text.replace("|", "\\|") for text in about)
+        direction, needs, cost = (
+            said[word].removesuffix(".") for word in ("Direction", "Needs", "Cost")
+        )
         name = f"{entry.module.rsplit('.', 1)[-1]}.{entry.attribute}"
         rows.append(
             (
