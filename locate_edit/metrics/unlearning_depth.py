@@ -254,11 +254,11 @@ def read_streams(model: nn.Module, prompts: PromptSet, *, batch_size: int = 16) 
     prompts.check_context(model)
     about = describe(model)
     sites = [Site(layer, "layer") for layer in range(about.n_layers)]
-    with torch.no_grad(), evaluating(model):
-        for batch in scored_batches(model, prompts, batch_size):
-            with capture(about, sites, stop=True) as found:
-                model(**model_inputs(model, batch))
-            yield {site: found[site][batch.row, batch.pos] for site in sites}
+    for batch in scored_batches(model, prompts, batch_size):
+        # Nothing stays open across the yield: who asks may have contexts of the same kind, or never ask again.
+        with torch.no_grad(), evaluating(model), capture(about, sites, stop=True) as found:
+            model(**model_inputs(model, batch))
+        yield {site: found[site][batch.row, batch.pos] for site in sites}
 
 
 def continued(

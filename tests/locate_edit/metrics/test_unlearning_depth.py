@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from locate_edit.errors import LocateEditError
-from locate_edit.metrics.unlearning_depth import from_costs, transplant_costs, unlearning_depth
+from locate_edit.metrics.unlearning_depth import (
+    from_costs,
+    read_streams,
+    transplant_costs,
+    unlearning_depth,
+)
 from locate_edit.prompts import PromptSet, TokenMask
 from tests.tiny import byte_tokenizer, tiny
 
@@ -88,6 +93,17 @@ def test_equal_to_a_literal_loop_over_layers(family: str, untouched: Any) -> Non
     for batch_size in (1, 2, 16):
         found = transplant_costs(source, target, prompts, batch_size=batch_size)
         assert found == pytest.approx(wanted, abs=5e-6)
+
+
+def test_gradients_and_modes_are_as_they_were() -> None:
+    one, other = (tiny("llama", seed=seed).train() for seed in (0, 1))
+    transplant_costs(one, other, prompt_set(), batch_size=1)
+    assert torch.is_grad_enabled()
+    assert all(module.training for model in (one, other) for module in model.modules())
+    asked = iter(read_streams(one, prompt_set(), batch_size=1))
+    next(asked)  # and never again
+    assert torch.is_grad_enabled()
+    assert one.training
 
 
 def test_the_score_of_costs_derived_by_hand() -> None:
