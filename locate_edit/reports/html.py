@@ -33,7 +33,8 @@ td small { display: block; color: #5f6368; } .muted, small { color: #5f6368; }
 tr.set td { background: #f7f8fa; font-weight: 600; }
 code, pre { font: .88rem/1.45 ui-monospace, monospace; } pre { background: #f7f8fa; padding: .8rem 1rem; overflow-x:
 auto; } img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
-td code { display: inline-block; min-width: 6.3rem; overflow-wrap: anywhere; } td.q { min-width: 11rem; } td.a { min-width: 13rem; }
+td code { display: inline-block; min-width: 6.3rem; overflow-wrap: anywhere; }
+td.q { min-width: 11rem; } td.a { min-width: 13rem; }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0 0 .3rem 1.2rem; }
 """
 
