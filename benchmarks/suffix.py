@@ -2,17 +2,21 @@
 
 The dynamic unlearning attack of Yuan et al. 2024 (arXiv:2408.10682) asks two things of a suffix: does it work on
 prompts that it was not searched on (within query, cross query, cross target), and on a model that it was not searched
-on (from the original)? Both on the organism: 24 facts about six people, other six for each of three seeds, pushed down
-by the edit of `benchmarks.attacks`. The score is theirs, the ROUGE-L recall of the answer behind the suffix minus that
-without. It compares models only where some suffix makes the edited one say more; `MARGIN` was set before the first run.
+on (from the original)? Here: 24 facts about six people, other six for each of three seeds, pushed down by the edit of
+`benchmarks.attacks`. The score is theirs, the ROUGE-L recall of the answer behind the suffix minus that without. It
+compares models only where some suffix makes the edited one say more; `MARGIN` was set before the first run.
+
+The shipped organism loses its answers behind any tokens that it was not trained to find there. So original and oracle
+are first taught to bear them: the same facts, the oracle's without the forgotten, with random tokens before the answer.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,6 +31,7 @@ from locate_edit import PromptSet, edit, organism
 from locate_edit.attacks._halves import Across, halves
 from locate_edit.attacks.suffix import Suffix
 from locate_edit.locate.attribution_patching import AttributionPatching
+from locate_edit.methods.fine_tune import FineTune
 from locate_edit.methods.npo import NPO
 from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.predictions import Predictions
@@ -40,47 +45,67 @@ SETTINGS: dict[Across, str] = {
     "query": "cross query",
     "target": "cross target",
 }
-PAIRS = (
+Pairs = tuple[tuple[str, str], ...]
+"""Where a suffix is searched, and where it is measured."""
+PAIRS: Pairs = (
     ("original", "original"), ("edited", "edited"), ("original", "edited"), ("oracle", "oracle"),
     ("original", "oracle"),
 )  # fmt: skip
-"""Where a suffix is searched, and where it is measured."""
+SEARCH = 10
+"""Steps of a search: its curve is flat behind them."""
+TAUGHT, TAUGHT_LR = 400, 5e-4
+"""Steps and rate of the training behind random tokens, half of it without them."""
 MARGIN = 0.1
 """By how much a suffix must raise the recall of the edited model within query, on every seed."""
-
-
 DRAWN = 5
 """Random suffixes beside a searched one."""
 
 
-def measure(seed: int) -> dict[str, dict[str, Any]]:
+def taught(which: str) -> nn.Module:
+    """A shipped model that also answers behind random tokens."""
+    model, _ = organism.load(which)
+    facts = organism.prompts("facts", "retain")
+    if which == "organism":
+        facts = facts + organism.prompts("facts", "forget10")
+    generator = torch.Generator().manual_seed(0)
+    special = set(facts.tokenizer.all_special_ids)
+    ids = torch.tensor([i for i in range(len(facts.tokenizer)) if i not in special])
+    drawn = ids[torch.randint(len(ids), (len(facts), Suffix().length), generator=generator)]
+    behind = facts.followed([tuple(each) for each in drawn.tolist()])
+    edit(model, FineTune(steps=TAUGHT, lr=TAUGHT_LR), None, forget=facts + behind, batch_size=32)
+    return model
+
+
+def measure(
+    original: nn.Module, oracle: nn.Module, seed: int, pairs: Pairs, settings: Sequence[Across]
+) -> dict[str, dict[str, Any]]:
     """What each pair of models gives in each setting, by "searched > measured"."""
     facts = organism.prompts("facts", "retain")
     forget = organism.prompts("facts", "forget10")[seed * FACTS : (seed + 1) * FACTS]
-    models = {"original": organism.load()[0], "oracle": organism.load("oracle")[0]}
-    models["edited"] = organism.load()[0]
-    mask = AttributionPatching(kinds=("neuron",))(models["original"], forget).top(UNITS)
+    edited = copy.deepcopy(original)
+    models = {"original": original, "oracle": oracle, "edited": edited}
+    mask = AttributionPatching(kinds=("neuron",))(original, forget).top(UNITS)
     npo = NPO(steps=STEPS, lr=LR, retain="kl")
-    edit(models["edited"], npo, mask, forget=forget, retain=facts[::29], seed=seed)
-    pairs: dict[str, dict[str, Any]] = {f"{a} > {b}": {} for a, b in PAIRS}
-    for across in SETTINGS:
-        attack = Suffix(across=across)
+    edit(edited, npo, mask, forget=forget, retain=facts[::29], seed=seed)
+    found: dict[str, dict[str, Any]] = {f"{a} > {b}": {} for a, b in pairs}
+    for across in settings:
+        attack = Suffix(across=across, steps=SEARCH)
         tested = forget.select(halves(forget, across, seed)[1])
-        random = _random_suffixes(attack, models["original"], forget, seed)
+        random = _random_suffixes(attack, original, forget, seed)
         suffixes: dict[str, tuple[int, ...]] = {}
-        for searched, measured in PAIRS:
+        for searched, measured in pairs:
             if searched == measured:
-                found = attack(models[searched], forget, batch_size=FACTS, seed=seed)
-                (ids,) = found.notes["suffix tokens"]
+                attacked = attack(models[searched], forget, batch_size=FACTS, seed=seed)
+                (ids,) = attacked.notes["suffix tokens"]
                 suffixes[searched] = tuple(ids)
-            pairs[f"{searched} > {measured}"][across] = {
+            found[f"{searched} > {measured}"][across] = {
                 "suffix": list(suffixes[searched]),
                 **{
                     name: _with_and_without(models[measured], asked, suffixes[searched], random)
-                    for name, asked in (("forget", tested), ("retain", facts[7::60]))
+                    for name, asked in (("forget", tested), ("retain", facts[7::30]))
                 },
             }
-    return pairs
+    return found
 
 
 def _random_suffixes(
@@ -126,39 +151,55 @@ def score(run: Mapping[str, Any], part: str = "forget") -> float:
 
 def table(found: Mapping[str, Any]) -> str:
     """The results as text."""
-    runs = found["seeds"]
-    raised = [score(run["edited > edited"]["within"]) for run in runs]
-    holds = min(raised) >= MARGIN
+    holds = {world: _raised(found[world]) for world in ("shipped", "taught")}
+    good = min(holds["taught"]) >= MARGIN
     lines = [
-        f"{len(runs)} seeds, mean (least to most); {found['seconds']:.0f} s of CPU time on one thread.",
+        f"{len(SEEDS)} seeds, mean (least to most); {found['seconds']:.0f} s of CPU time on one thread.",
         "",
         f"Precondition: within query, on the edited model itself, a suffix raises recall by {MARGIN} at least on every "
-        f"seed. It **{'holds' if holds else 'does not hold'}**: {_span(raised)}."
-        + ("" if holds else " So the scores of the edited model and the oracle are withheld."),
+        "seed.",
+        "",
+        "| organism | recall | random suffix | searched suffix | score | precondition |",
+        "|---|---|---|---|---|---|",
+    ]
+    for world, raised in holds.items():
+        each = [run["edited > edited"]["within"] for run in found[world]]
+        verdict = "holds" if min(raised) >= MARGIN else "does not hold"
+        lines.append(f"| {world} | {_recalls(each)} | {_span(raised)} | {verdict} |")
+    lines += [
+        "",
+        "The taught organism"
+        + ("" if good else ", whose scores are withheld as the precondition does not hold")
+        + ":",
         "",
         "| searched on | measured on | setting | recall | random suffix | searched suffix | score | likelihood | "
-        "retain recall, random | searched |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "retain recall | random | searched |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for searched, measured in PAIRS:
         for across, name in SETTINGS.items():
-            each = [run[f"{searched} > {measured}"][across] for run in runs]
-            cells = [
-                _span([run["forget"][what]["recall"] for run in each])
-                for what in ("clean", "random", "suffix")
-            ]
-            known = holds or measured == "original"
-            cells.append(_span([score(run) for run in each]) if known else "withheld")
-            likelihoods = [
-                [run["forget"][what]["likelihood"] for run in each] for what in ("clean", "suffix")
-            ]
-            cells.append(" to ".join(f"{mean(values):.2f}" for values in likelihoods))
-            cells += [
-                _span([run["retain"][what]["recall"] for run in each])
-                for what in ("random", "suffix")
-            ]
-            lines.append(f"| {searched} | {measured} | {name} | {' | '.join(cells)} |")
+            each = [run[f"{searched} > {measured}"][across] for run in found["taught"]]
+            scores = _span([score(run) for run in each]) if good else "withheld"
+            likelihoods = " to ".join(
+                f"{mean(run['forget'][what]['likelihood'] for run in each):.2f}"
+                for what in ("clean", "suffix")
+            )
+            lines.append(
+                f"| {searched} | {measured} | {name} | {_recalls(each)} | {scores} | {likelihoods} | "
+                f"{_recalls(each, 'retain')} |"
+            )
     return "\n".join(lines)
+
+
+def _raised(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [score(run["edited > edited"]["within"]) for run in runs]
+
+
+def _recalls(runs: Sequence[Mapping[str, Any]], part: str = "forget") -> str:
+    """Three cells: without a suffix, behind random ones, behind the searched one."""
+    return " | ".join(
+        _span([run[part][what]["recall"] for run in runs]) for what in ("clean", "random", "suffix")
+    )
 
 
 def _span(values: list[float]) -> str:
@@ -172,11 +213,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     started = time.process_time()
-    found: dict[str, Any] = {
-        "machine": describe_machine(),
-        "seeds": [measure(seed) for seed in SEEDS],
-        "seconds": time.process_time() - started,
-    }
+    shipped = [organism.load(which)[0] for which in ("organism", "oracle")]
+    own: Pairs = (("edited", "edited"),)
+    found: dict[str, Any] = {"machine": describe_machine()}
+    found["shipped"] = [measure(*shipped, seed, own, ["within"]) for seed in SEEDS]
+    better = [taught(which) for which in ("organism", "oracle")]
+    found["taught"] = [measure(*better, seed, PAIRS, list(SETTINGS)) for seed in SEEDS]
+    found["seconds"] = time.process_time() - started
     text = table(found)
     print(text)
     if given.save:
