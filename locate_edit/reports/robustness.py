@@ -34,6 +34,8 @@ __all__ = ["Robustness", "Trial", "robustness"]
 
 BROKEN = 0.5
 """An attack breaks a model where less than this share of the retain measure is left under it."""
+STILL = 0.9
+"""Above this share of the measure before the edit, answers count as given rather than hidden."""
 SPENT = "not run: the time was spent"
 
 Outcome = Literal[
@@ -108,6 +110,14 @@ class Trial:
             return "brings answers back"
         return "breaks the model" if self.breaks(model) else "nothing beyond"
 
+    def open(self, model: str = "after") -> bool:
+        """Whether a model gives the answers nearly as before the edit without any attack, so that none are hidden."""
+        found, before = self.found.get(model), self.found.get("before")
+        if found is None or before is None:
+            return False
+        now, was = found.forget_clean.estimate, before.forget_clean.estimate
+        return now is not None and was is not None and now > STILL * was
+
     def breaks(self, model: str) -> bool:
         """Whether the attack takes more than half of the retain measure from a model."""
         found = self.found.get(model)
@@ -165,6 +175,11 @@ class Robustness:
                 said.append(
                     "Without an oracle it cannot be told how much a model that never knew would guess under them."
                 )
+        elif all(trial.open() for trial in tried):
+            said.append(
+                "None brings back more, but there is little to bring back: the edited model gives the answers without "
+                "an attack."
+            )
         else:
             said.append(
                 f"None brings back more{than}; what another attack would find, nobody knows."

@@ -102,8 +102,8 @@ def _control(report: Report) -> str:
     said = (
         f"The same method on a random mask of the same size and kind gives {line.cells['random']}"
     )
-    if after == before:
-        return f"{said}."
+    if abs(after - before) <= LEAST * abs(before):
+        return f"{said}. The edit itself changed next to nothing, so there is nothing to compare."
     share = (random - before) / (after - before)
     if share >= 0.8:
         return f"{said}: {_cost_elsewhere(report)}."

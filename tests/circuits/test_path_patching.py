@@ -19,6 +19,8 @@ from tests.tiny import MASKED, tiny
 
 Shared = Callable[[str], Any]
 FAMILIES = ["gpt2", "llama", "gpt_neox", "gemma2", "bert"]
+ROUNDING = 1e-5
+"""Runs of batches of other shapes differ by this much at most; which bits differ depends on the processor."""
 MLP_INPUT = {"bert": "intermediate"}
 ATTENTION = {
     "gpt2": lambda layer: dict.fromkeys("qkv", layer.attn.c_attn),
@@ -240,7 +242,8 @@ def test_positions_one_at_a_time(shared: Shared) -> None:
     clean, _ = make(False)
     for item in range(2):
         first = clean.scored(item)[0] - 1
-        assert not each.effect[site][item, :first].any()  # no head carries it to where it is read
+        before = each.effect[site][item, :first]  # no head carries it to where it is read
+        assert float(before.abs().max()) < ROUNDING
         assert bool((each.effect[site][item, first].abs() > 1e-4).any())
 
 
@@ -268,7 +271,7 @@ def test_blocks_in_parallel_do_not_hear_each_other(shared: Shared) -> None:
         model_map = describe(shared(name))
         found = path_patch(model_map, pairs(), [Site(0, "head")], [Site(0, "mlp")])
         if silent:
-            assert not found.effect[Site(0, "head")].any()
+            assert float(found.effect[Site(0, "head")].abs().max()) < ROUNDING
         else:
             assert float(found.effect[Site(0, "head")].abs().max()) > 1e-3
 

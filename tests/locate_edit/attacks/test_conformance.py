@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,7 @@ def test_an_interruption_leaves_the_model_as_it_was(
     passes = 0
     forward = type(net).forward
 
+    @functools.wraps(forward)  # its signature tells what the cache is called
     def interrupted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal passes
         passes += 1

@@ -202,6 +202,11 @@ def test_the_summary_tells_when_the_place_made_no_difference_and_when_forgetting
         lines=(line("likelihood", "forget", {"before": 1.0, "after": 0.0, "random": 0.5}),)
     )
     assert "50% of the change: the place mattered in part" in half.summary
+    none = sample(
+        lines=(line("likelihood", "forget", {"before": 0.999, "after": 0.998, "random": 0.999}),)
+    )
+    assert "changed next to nothing, so there is nothing to compare" in none.summary
+    assert "mattered" not in none.summary
     # Nothing to compare with, nothing said.
     alone = sample(lines=(line("likelihood", "forget", {"before": 0.5}),), edit={}, mask={})
     assert alone.summary == "Measured on tiny, without an edit."

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,12 @@ def test_in_words() -> None:
     alone = one([0.8, 0.9], [0.1, 0.1], None)
     assert "Without an oracle it cannot be told" in Robustness((alone, alone)).in_words()
     assert "Good and good bring back more:" in Robustness((alone, alone)).in_words()
+    given = one([0.8, 0.9], [0.8, 0.9], [0.1, 0.1])
+    given = replace(given, found={**given.found, "before": given.found["after"]})
+    assert "None brings back more, but there is little to bring back" in (
+        Robustness((given, given)).in_words()
+    )
+    assert "nobody knows" in Robustness((given, nothing)).in_words()
     named = Trial("LatentPerturbation(layer=1)", "")
     assert named.title == "latent perturbation (layer=1)"
     assert Robustness((missing,)).in_words() == "No attack could be tried; the table says why."
