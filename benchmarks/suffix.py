@@ -51,8 +51,6 @@ PAIRS: Pairs = (
     ("original", "original"), ("edited", "edited"), ("original", "edited"), ("oracle", "oracle"),
     ("original", "oracle"),
 )  # fmt: skip
-SEARCH = 10
-"""Steps of a search: its curve is flat behind them."""
 TAUGHT, TAUGHT_LR = 400, 5e-4
 """Steps and rate of the training behind random tokens, half of it without them."""
 MARGIN = 0.1
@@ -89,7 +87,7 @@ def measure(
     edit(edited, npo, mask, forget=forget, retain=facts[::29], seed=seed)
     found: dict[str, dict[str, Any]] = {f"{a} > {b}": {} for a, b in pairs}
     for across in settings:
-        attack = Suffix(across=across, steps=SEARCH)
+        attack = Suffix(across=across)
         tested = forget.select(halves(forget, across, seed)[1])
         random = _random_suffixes(attack, original, forget, seed)
         suffixes: dict[str, tuple[int, ...]] = {}

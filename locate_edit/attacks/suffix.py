@@ -6,7 +6,7 @@ searches by the greedy coordinate gradient of Zou et al. 2023 (arXiv:2307.15043)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from locate_edit.attacks._halves import Across, check_across, halves, marks, of_
 from locate_edit.attacks._locked import locked, prompt_tokens, target_tokens
 from locate_edit.errors import EditError, PromptError
 from locate_edit.metrics.values import Values
-from locate_edit.prompts import PromptSet
+from locate_edit.prompts import Batch, PromptSet
 
 Suffixes = list[tuple[int, ...]]
 """Token ids of one suffix that serves all prompts, or of one for each prompt."""
@@ -63,7 +63,7 @@ class Suffix:
     """
 
     length: int = 5
-    steps: int = 20
+    steps: int = 10
     candidates: int = 32
     universal: bool = True
     across: Across = "query"
@@ -165,15 +165,16 @@ class Suffix:
         picks = torch.randint(len(allowed), (self.length,), generator=generator)
         suffix = tuple(allowed[picks].tolist())
 
-        def loss_of(ids: tuple[int, ...]) -> float:
-            return suffix_loss(model, prompts, ids, batch_size)
+        def tried(suffixes: Suffixes) -> list[tuple[float, tuple[int, ...]]]:
+            losses = suffix_losses(model, prompts, suffixes, batch_size)
+            return list(zip(losses, suffixes, strict=True))
 
-        path = [(loss_of(suffix), suffix)]
+        path = tried([suffix])
         for _ in range(self.steps):
             slope = token_slopes(model, prompts, suffix, batch_size)[:, allowed]
             best = (-slope).topk(min(self.top, len(allowed)), dim=1).indices  # `position rank`
             swaps = self._swaps(suffix, allowed[best], generator)
-            path.append(min([path[-1], *_tried(swaps, loss_of)], key=lambda each: each[0]))
+            path.append(min([path[-1], *tried(swaps)], key=lambda each: each[0]))
             suffix = path[-1][1]
         return path
 
@@ -194,18 +195,25 @@ class Suffix:
         return swaps
 
 
-def suffix_loss(
-    model: nn.Module, prompts: PromptSet, suffix: tuple[int, ...], batch_size: int = 16
-) -> float:
-    """``-log prod p(y | x; q; y<)`` summed over the prompts, in nats."""
+def suffix_losses(
+    model: nn.Module, prompts: PromptSet, suffixes: Suffixes, batch_size: int = 16
+) -> list[float]:
+    """``-log prod p(y | x; q; y<)`` summed over the prompts for each suffix, in nats."""
+    # All together: rows of one length share a batch, and the last batch of a suffix is not a small one.
+    every = [item for _ in suffixes for item in range(len(prompts))]
+    behind = prompts.select(every).followed([q for q in suffixes for _ in range(len(prompts))])
+    total = torch.zeros(len(suffixes), dtype=torch.float64)
     with torch.no_grad():
-        return sum(float(each) for each in _losses(model, _behind(prompts, [suffix]), batch_size))
+        for batch, losses in _losses(model, behind, batch_size):
+            of = torch.tensor(batch.items)[batch.item.cpu()] // len(prompts)
+            total.index_add_(0, of, losses.double().cpu())
+    return total.tolist()
 
 
 def token_slopes(
     model: nn.Module, prompts: PromptSet, suffix: tuple[int, ...], batch_size: int = 16
 ) -> Tensor:
-    """Gradient of `suffix_loss` with respect to the one-hot token at each position, `position token` (CPU)."""
+    """Gradient of `suffix_losses` with respect to the one-hot token at each position, `position token` (CPU)."""
     model_map = describe(model)
     table = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     rows = table[list(suffix)].float()
@@ -217,29 +225,25 @@ def token_slopes(
         total = torch.zeros_like(rows)
         with torch.enable_grad():
             behind = _behind(prompts, [tuple(placed.ids)])
-            for loss in _losses(model, behind, batch_size):
-                total += torch.autograd.grad(loss, rows)[0]
+            for _, losses in _losses(model, behind, batch_size):
+                total += torch.autograd.grad(losses.sum(), rows)[0]
     finally:
         placed.remove()
     slopes: Tensor = (total @ table.float().T).cpu()
     return slopes
 
 
-def _losses(model: nn.Module, prompts: PromptSet, batch_size: int) -> Any:
-    """Summed negative log-probability of the targets, a batch at a time."""
+def _losses(
+    model: nn.Module, prompts: PromptSet, batch_size: int
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Weighted negative log-probability of each scored token, `label`, a batch at a time."""
     device = next(model.parameters()).device
     for batch in prompts.batches(batch_size):
         there = batch.to(device)
         log_prob = token_log_probs(labelled_logits(model, there), there.label)
-        yield -(log_prob * there.weight).sum()
+        yield batch, -log_prob * there.weight
 
 
 def _behind(prompts: PromptSet, suffixes: Suffixes) -> PromptSet:
     """The prompts with a suffix each, in turn, before their targets."""
     return prompts.followed([suffixes[i % len(suffixes)] for i in range(len(prompts))])
-
-
-def _tried(
-    swaps: Suffixes, loss_of: Callable[[tuple[int, ...]], float]
-) -> list[tuple[float, tuple[int, ...]]]:
-    return [(loss_of(each), each) for each in swaps]

@@ -11,7 +11,7 @@ from circuits.still import frozen
 from locate_edit import EditError, PromptError, PromptSet, organism
 from locate_edit.attacked import measure
 from locate_edit.attacks._halves import halves
-from locate_edit.attacks.suffix import Suffix, suffix_loss, token_slopes
+from locate_edit.attacks.suffix import Suffix, suffix_losses, token_slopes
 from tests.locate_edit.engine_setting import model, prompts
 from tests.tiny import byte_tokenizer
 
@@ -42,7 +42,7 @@ def test_the_loss_by_hand() -> None:
         with torch.no_grad():
             logp = net(torch.tensor([[*x, *suffix, *y]])).logits[0].log_softmax(-1)
         wanted -= sum(float(logp[len(x) + 3 + t - 1, token]) for t, token in enumerate(y))
-    assert suffix_loss(net, forget, suffix, batch_size=3) == pytest.approx(wanted, rel=1e-5)
+    assert suffix_losses(net, forget, [suffix], batch_size=3) == pytest.approx([wanted], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
@@ -81,7 +81,7 @@ def test_a_step_tries_the_promising_swaps_and_keeps_the_best() -> None:
                 order = allowed[slopes[place, allowed].argsort()].tolist()
                 for token in order[:2]:
                     swap = (token, start[1]) if place == 0 else (start[0], token)
-                    tried[swap] = suffix_loss(net, forget, swap)
+                    (tried[swap],) = suffix_losses(net, forget, [swap])
             assert after == pytest.approx(min(tried.values()), rel=1e-5)
             assert tried[chosen] == pytest.approx(after, rel=1e-5)
     assert path[-1][0] < path[0][0]
