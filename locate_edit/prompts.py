@@ -94,8 +94,10 @@ class PromptSet:
         name: what reports call the set.
         masked: whether the prompts are for a masked language model; None asks whether the tokenizer has a mask token.
         max_length: the longest row allowed (tokens); None takes the tokenizer's limit.
-        append_eos: score the end-of-sequence token after each target (causal models).
-        chat_template: write prompt and target as a user's and an assistant's turn (causal models).
+        append_eos: score the end-of-sequence token after each target (causal models); in a chat the end of the turn
+            that the template writes.
+        chat_template: write prompt and target as a user's and an assistant's turn, as the template does (causal
+            models).
 
     Raises:
         PromptError: no rows, a malformed row, a target without tokens, a row that is too long, a span out of range.

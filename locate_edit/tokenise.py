@@ -6,7 +6,9 @@ Every rule about boundaries, special tokens and mask tokens lives here:
    a token that straddles the boundary belongs to the target, because seeing it gives part of the target away;
 2. leading special tokens (a start token) stay; trailing ones are dropped for causal models unless asked for;
 3. a causal model never scores its very first token, which nothing predicts;
-4. a masked model sees `[CLS] prompt target suffix [SEP]`; where the prompt holds the mask token, the target fills it.
+4. a masked model sees `[CLS] prompt target suffix [SEP]`; where the prompt holds the mask token, the target fills it;
+5. a chat is what the chat template writes of both turns, what stands between the prompt for an answer and the answer
+   included; the end of a turn is the template's own, and the tokenizer's end token only where it writes none.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ __all__ = ["Tokens", "tokenise"]
 
 # Tokenizers without a limit say so with a huge number.
 _NO_LIMIT = 10**9
+
+# Stands in for an answer to see what a chat template writes around it: no text holds a character of private use.
+_ANSWER = "\ue000"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class _Text:
     end: int
     spans: tuple[tuple[int, int], ...]
     n_masks: int = 0
+    ended: bool = False  # the scored stretch closes with an end of its own
 
 
 def tokenise(
@@ -71,15 +77,15 @@ def tokenise(
     """The tokens of each row; `places` name the rows in errors.
 
     Raises:
-        PromptError: a target without tokens, a row longer than the limit, a span out of range, or a setting that the
-            tokenizer cannot serve.
+        PromptError: a target without tokens, a row longer than the limit, a span out of range, a setting that the
+            tokenizer cannot serve, or a chat template that writes an answer otherwise than it is.
     """
     _check_settings(tokenizer, masked=masked, append_eos=append_eos, chat_template=chat_template)
     limit = max_length
     if limit is None and tokenizer.model_max_length < _NO_LIMIT:
         limit = tokenizer.model_max_length
     texts = [
-        _chat_text(row, place, tokenizer)
+        _chat_text(row, place, tokenizer, with_end=append_eos)
         if chat_template
         else _text(row, place, tokenizer.mask_token if masked else None)
         for row, place in zip(rows, places, strict=True)
@@ -113,9 +119,9 @@ def tokenise(
             subject = ()
         if not masked:
             ids, scored, touched = _causal_ends(ids, special, scored, touched)
-            if append_eos:
+            if append_eos and not text.ended:
                 scored, touched = [*scored, len(ids)], [*touched, False]
-                ids = [*ids, int(tokenizer.eos_token_id)]
+                ids = [*ids, _end_token(tokenizer)]
         _check_tokens(text, place, ids, scored, limit, rows[index])
         result.append(Tokens(tuple(ids), tuple(scored), tuple(touched), text.n_masks > 0, subject))
     return result
@@ -136,13 +142,22 @@ def _check_settings(
             "append_eos and chat_template are for causal models; these prompts are for a masked model. "
             "Leave them off, or pass masked=False if the model is causal."
         )
-    if append_eos and tokenizer.eos_token_id is None:
-        raise PromptError(f"append_eos=True needs an end-of-sequence token, and {name} has none.")
+    if append_eos and not chat_template:
+        _end_token(tokenizer)
     if chat_template and not tokenizer.chat_template:
         raise PromptError(
             f"chat_template=True needs a chat template, and {name} has none. "
             "Set tokenizer.chat_template or leave it off."
         )
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the end-of-sequence token."""
+    if tokenizer.eos_token_id is None:
+        raise PromptError(
+            f"append_eos=True needs an end-of-sequence token, and {type(tokenizer).__name__} has none."
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def _text(row: Mapping[str, Any], place: str, mask_token: str | None) -> _Text:
@@ -186,22 +201,67 @@ def _fill_mask(
     )
 
 
-def _chat_text(row: Mapping[str, Any], place: str, tokenizer: PreTrainedTokenizerBase) -> _Text:
-    """The conversation up to the answer as the chat template writes it, then the answer.
+def _chat_text(
+    row: Mapping[str, Any], place: str, tokenizer: PreTrainedTokenizerBase, *, with_end: bool
+) -> _Text:
+    """The conversation as the chat template writes it, up to the answer or with the end of its turn.
 
-    The space before the target is dropped: an answer starts its own line.
+    White space around the answer is the template's: the space before the target is dropped, and white space after it
+    too where the template strips turns. What the template writes between prompt and answer is given, not scored.
     """
     target = row.get("target")
     if target is None:
         raise PromptError(
             f"{place}: chat_template=True needs a 'target', the assistant's answer. Leave it off for plain text."
         )
-    turn = [{"role": "user", "content": row["prompt"]}]
-    before = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    before, found, after = _chat(row["prompt"], _ANSWER, place, tokenizer).rpartition(_ANSWER)
+    if not found:
+        raise PromptError(
+            f"{place}: the chat template leaves out the assistant's turn. Write one that writes it, or leave "
+            "chat_template off."
+        )
     answer = target.lstrip()
+    whole = _chat(row["prompt"], answer, place, tokenizer)
+    written = next((t for t in (answer, answer.rstrip()) if whole == before + t + after), None)
+    if written is None:
+        raise PromptError(
+            f"{place}: the chat template does not write the answer {answer!r} as it is: it ends with "
+            f"{whole[-len(answer) - len(after) - 20 :]!r}. Write the target as the template does, or change the "
+            "template."
+        )
     shift = len(before) - len(row["prompt"]) - (len(target) - len(answer))
-    spans = tuple((start + shift, end + shift) for start, end in _checked_spans(row, place))
-    return _Text(before + answer, len(before), len(before) + len(answer), spans)
+    end = len(before) + len(written)
+    spans = tuple((a + shift, min(b + shift, end)) for a, b in _checked_spans(row, place))
+    closing = _turn_end(after, tokenizer) if with_end else ""
+    return _Text(
+        before + written + closing,
+        len(before),
+        end + len(closing),
+        tuple((a, b) for a, b in spans if a < b),
+        ended=bool(closing),
+    )
+
+
+def _chat(prompt: str, answer: str, place: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes of a user's and an assistant's turn."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError as error:
+        raise PromptError(
+            f"{place}: the chat template refuses a user's and an assistant's turn: {error}"
+        ) from error
+
+
+def _turn_end(after: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a template ends a turn: up to its first special token, or else all it writes but white space."""
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    special |= set(tokenizer.all_special_tokens)
+    longest_first = sorted(special, key=len, reverse=True)
+    found = re.search("|".join(map(re.escape, longest_first)), after) if special else None
+    return after[: found.end()] if found else after.rstrip()
 
 
 def _checked_spans(row: Mapping[str, Any], place: str) -> tuple[tuple[int, int], ...]:

@@ -290,7 +290,7 @@ def test_a_chat_template_scores_the_answer_alone() -> None:
     )
     assert parts(prompts, 0) == (
         ["<s>", "<|user|>", "Ann", " plays", "<|end|>", "<|assistant|>"],
-        ["golf", "</s>"],
+        ["golf", "<|end|>"],
     )
     assert prompts.sensitive(0) == [True, False]
     assert prompts.audit(0).splitlines() == [
@@ -309,7 +309,7 @@ def test_a_chat_template_scores_the_answer_alone() -> None:
                         "<|end|>",
                         "<|assistant|>",
                         "golf",
-                        "</s>",
+                        "<|end|>",
                     ],
                     [""] * 6 + ["scored, weight 1"] * 2,
                     strict=True,
@@ -319,6 +319,117 @@ def test_a_chat_template_scores_the_answer_alone() -> None:
     ]
     with pytest.raises(PromptError, match="row 0: chat_template=True needs a 'target'"):
         PromptSet(["Ann plays"], tokenizer, chat_template=True)
+
+
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<start_of_turn>' + {'assistant': 'model'}.get(m['role'], m['role']) + '\n' + (m['content'] | trim) }}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chatty(template: str, *special: str) -> Any:
+    """Words as they stand, each with its space, and a chat template with its special tokens."""
+    tokenizer: Any = byte_bpe([" A", "A", " writer", "writer"], bos=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURNS = ("<start_of_turn>", "<end_of_turn>")
+IM = ("<|im_start|>", "<|im_end|>")
+IM_BEFORE = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "before", "answer", "end"),
+    [
+        (LLAMA_2, (), "<s>[INST] Who? [/INST]", " A writer.", " </s>"),
+        (
+            *(GEMMA, TURNS),
+            "<s><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n",
+            *("A writer.", "<end_of_turn>"),
+        ),
+        (CHATML, IM, IM_BEFORE, "A writer.", "<|im_end|>"),
+        (THINKING, IM, IM_BEFORE + "<think>\n\n</think>\n\n", "A writer.", "<|im_end|>"),
+    ],
+)
+def test_a_chat_is_scored_as_its_template_writes_it(
+    template: str, special: tuple[str, ...], before: str, answer: str, end: str
+) -> None:
+    tokenizer = chatty(template, *special)
+    row = {"prompt": "Who?", "target": " A writer.", "spans": [[4, 14]]}
+    turns = [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "A writer."},
+    ]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    for append_eos, said in ((False, answer), (True, answer + end)):
+        prompts = PromptSet([row], tokenizer, chat_template=True, append_eos=append_eos)
+        assert tokenizer.decode(prompts.prompt_ids(0)) == before
+        assert tokenizer.decode(prompts.target_ids(0)) == said
+        assert whole.removesuffix("\n").startswith(tokenizer.decode(prompts.ids(0)))
+        n_answer = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        n_end = len(prompts.target_ids(0)) - n_answer
+        assert prompts.sensitive(0) == [True] * n_answer + [False] * n_end
+    asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    assert before.startswith(asked)
+    ids = tokenizer(whole.removesuffix("\n"), add_special_tokens=False)["input_ids"]
+    assert prompts.ids(0) == ids
+    other = prompts.reread([{**row, "prompt": "Who else?", "target": " writer"}])
+    assert tokenizer.decode(other.target_ids(0)) == answer.replace("A writer.", "writer") + end
+
+
+def test_the_end_of_a_turn_that_is_no_special_token() -> None:
+    tokenizer = chatty(GEMMA)  # of which "<end_of_turn>" is so many letters
+    prompts = PromptSet([("Who?", " A")], tokenizer, chat_template=True, append_eos=True)
+    assert tokenizer.decode(prompts.target_ids(0)) == "A<end_of_turn>"
+    tokenizer.eos_token = None  # the template does without
+    assert prompts.reread(prompts.rows).digest == prompts.digest
+    open_end = chatty("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}")
+    prompts = PromptSet([("Who?", " A")], open_end, chat_template=True, append_eos=True)
+    assert parts(prompts, 0)[1] == ["A", "</s>"]
+
+
+def test_what_a_chat_template_strips_is_not_scored() -> None:
+    row = {"prompt": "Who?", "target": " A writer \n", "spans": [[6, 15]]}
+    stripped = PromptSet([row], chatty(GEMMA, "<end_of_turn>"), chat_template=True, append_eos=True)
+    assert parts(stripped, 0)[1] == ["A", " writer", "<end_of_turn>"]
+    assert stripped.sensitive(0) == [False, True, False]
+    kept = PromptSet([row], chatty(CHATML, "<|im_end|>"), chat_template=True, append_eos=True)
+    assert kept.tokenizer.decode(kept.target_ids(0)) == "A writer \n<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+            r"does not write the answer 'A writer' as it is: it ends with 'WHO\?A WRITER'",
+        ),
+        ("{{ messages[0]['content'] }}", "leaves out the assistant's turn"),
+        (
+            "{{ raise_exception('only one turn') }}",
+            "refuses a user's and an assistant's turn: only one turn",
+        ),
+    ],
+)
+def test_answers_that_a_chat_template_does_not_write(template: str, message: str) -> None:
+    with pytest.raises(PromptError, match=f"row 0: the chat template {message}"):
+        PromptSet([("Who?", " A writer")], chatty(template), chat_template=True)
 
 
 def test_the_audit_says_how_masked_tokens_are_hidden() -> None:

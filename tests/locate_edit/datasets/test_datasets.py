@@ -61,11 +61,11 @@ def test_a_chat_template_gets_the_bare_question_and_the_audit_shows_what_is_scor
     write(tmp_path / "forget01.json", [QUESTION])
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}"
+        "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<a>{% endif %}"
     )
     made = tofu.prompts(tmp_path, tokenizer, "forget01", chat_template=True, append_eos=True)
-    assert tokenizer.decode(made.prompt_ids(0)) == "<u>Who is Ann?</u><a>"
+    assert tokenizer.decode(made.prompt_ids(0)) == "<u>Who is Ann?</s><a>"
     assert tokenizer.decode(made.target_ids(0)[:-1]) == "A writer."
     assert made.target_ids(0)[-1] == tokenizer.eos_token_id
     scored = [line for line in made.audit(0).splitlines()[2:] if "scored" in line]
