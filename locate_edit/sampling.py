@@ -28,8 +28,10 @@ __all__ = ["Continuation", "decode", "end_tokens", "sample", "sample_ids", "unti
 # Most probable tokens of a large vocabulary that are looked at first: sorting all of it costs more than a small model.
 _FEW = 1024
 
+LOST = -1
+"""In the place of a token: the model gave NaN or infinity there, and the row ends."""
 Choose = Callable[[Tensor, int], Tensor]
-"""Next tokens `row` from logits `row vocab` (float32) and the number of tokens added so far."""
+"""Next tokens `row` (or `LOST`) from logits `row vocab` (float32) and the number of tokens added so far."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Continuation:
         item: index of the prompt in its set.
         ids: token ids, the end token included where the model gave one.
         text: what they say, special tokens left out.
+        finite: whether the model gave numbers to draw from; if not, it ends where they failed.
     """
 
     item: int
     ids: tuple[int, ...]
     text: str
+    finite: bool = True
 
 
 def sample(
@@ -79,14 +83,15 @@ def sample(
     if prompts.masked:
         raise PromptError(f"{prompts!r} is for a masked model, which does not continue text.")
     starts = [prompts.prompt_ids(index) for index in range(len(prompts))]
-    ids = sample_ids(
+    rows = _sampled(
         model, starts, length=length, samples=samples, temperature=temperature, top_p=top_p,
         seed=seed, ends=end_tokens(model, prompts), batch_size=batch_size,
     )  # fmt: skip
+    ids = [found(row) for row in rows]
     texts = prompts.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [
-        Continuation(row // samples, tuple(row_ids), text)
-        for row, (row_ids, text) in enumerate(zip(ids, texts, strict=True))
+        Continuation(index // samples, tuple(row_ids), text, LOST not in row)
+        for index, (row, row_ids, text) in enumerate(zip(rows, ids, texts, strict=True))
     ]
 
 
@@ -107,6 +112,26 @@ def sample_ids(
     Raises:
         PromptError: as `sample`, and for an empty start.
     """
+    rows = _sampled(
+        model, starts, length=length, samples=samples, temperature=temperature, top_p=top_p,
+        seed=seed, ends=ends, batch_size=batch_size,
+    )  # fmt: skip
+    return [found(row) for row in rows]
+
+
+def _sampled(
+    model: nn.Module,
+    starts: Sequence[Sequence[int]],
+    *,
+    length: int,
+    samples: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    ends: frozenset[int],
+    batch_size: int,
+) -> list[list[int]]:
+    """`sample_ids`, where a row that lost its way ends with `LOST`."""
     if length < 1 or samples < 1 or batch_size < 1:
         raise PromptError(
             f"length, samples and batch_size must be at least 1, got {length}, {samples} and {batch_size}."
@@ -121,7 +146,7 @@ def sample_ids(
     drawn = torch.rand((len(rows), length), generator=generator, dtype=torch.float64)
     # Rows of similar length share a batch: the least padding.
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    found: list[list[int]] = [[] for _ in rows]
+    made: list[list[int]] = [[] for _ in rows]
     device = next(model.parameters()).device
     with evaluating(model):
         for first in range(0, len(order), batch_size):
@@ -131,13 +156,20 @@ def sample_ids(
                 choose = _Draw(drawn[chosen].to(device), temperature, top_p)
             written = decode(model, [rows[i] for i in chosen], [length] * len(chosen), ends, choose)
             for index, row in zip(chosen, written, strict=True):
-                found[index] = row
-    return found
+                made[index] = row
+    return made
+
+
+def found(row: Sequence[int]) -> list[int]:
+    """A row without the mark that it was lost."""
+    return [token for token in row if token != LOST]
 
 
 def greedy_choice(logits: Tensor, _added: int) -> Tensor:
     """The most probable token of each row: `row`."""
-    return logits.argmax(-1)
+    most = logits.argmax(-1)
+    # NaN counts as the largest, so the largest alone tells whether all are numbers.
+    return most.where(logits.gather(-1, most[:, None])[:, 0].isfinite(), LOST)
 
 
 @torch.no_grad()
@@ -156,6 +188,9 @@ def decode(
         lengths: how many tokens to add to each.
         ends: tokens after which a row stops; they are part of it.
         choose: takes the next token of each row.
+
+    Returns:
+        The tokens added to each row; `LOST` is the last one where the model gave none.
     """
     device = next(model.parameters()).device
     width = max(len(start) for start in starts)
@@ -166,6 +201,7 @@ def decode(
         mask[index, width - len(start) :] = 1
     ids, mask = ids.to(device), mask.to(device)
     takes, kept_as = inspect.signature(model.forward).parameters, cache_name(model)
+    ends = ends | {LOST}
     stop = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     budget = torch.tensor(list(lengths), dtype=torch.long, device=device)
     done = budget <= 0
@@ -182,10 +218,11 @@ def decode(
             inputs[kept_as] = cache
         output = model(**inputs)
         cache = getattr(output, kept_as)
-        ids = choose(output.logits[:, -1].float(), len(added))[:, None]
-        added.append(ids[:, 0])
+        chosen = choose(output.logits[:, -1].float(), len(added))
+        added.append(chosen)
+        ids = chosen[:, None].clamp(min=0)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
-        done = done | (len(added) >= budget) | torch.isin(ids[:, 0], stop)
+        done = done | (len(added) >= budget) | torch.isin(chosen, stop)
     if not added:
         return [[] for _ in starts]
     table = torch.stack(added, dim=1).tolist()
@@ -271,7 +308,8 @@ class _Draw:
         place = torch.searchsorted(sums, wanted, right=True)
         last = (probabilities > 0).long().cumsum(-1).argmax(-1, keepdim=True)
         place = place.minimum(last)
-        return (place if order is None else order.gather(-1, place))[:, 0]
+        token = (place if order is None else order.gather(-1, place))[:, 0]
+        return token.where(sums[:, -1].isfinite(), LOST)
 
 
 def until_end(row: Sequence[int], ends: frozenset[int]) -> list[int]:

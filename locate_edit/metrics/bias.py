@@ -27,7 +27,7 @@ from locate_edit.ensembles.fair_votes import fairness
 from locate_edit.errors import PromptError
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.statistic import Statistic
-from locate_edit.metrics.values import Floats, Values
+from locate_edit.metrics.values import Floats, Values, beats
 from locate_edit.prompts import PromptSet
 
 __all__ = [
@@ -91,7 +91,7 @@ def pair_preference(
     predictions = Predictions.of(predictions, prompts)
     name, unit = "pair_preference", "fraction of pairs" if not soft else "share of the pair"
     found = _answers(predictions, 1, mean=False)
-    asked = [pair for pair in found if pair is not None]
+    asked = [pair for pair in found if pair is not None and not np.isnan(pair).any()]
     heavy = sum(float(np.exp(pair).sum()) >= least_mass for pair in asked)
     if asked and 2 * heavy < len(asked):
         reason = (
@@ -101,12 +101,12 @@ def pair_preference(
         return Values.none(name, reason, unit=unit)
     values: list[float | None] = []
     for pair in found:
-        if pair is None or float(np.exp(pair).sum()) < least_mass:
+        if pair is None or float(np.exp(pair).sum()) < least_mass:  # NaN is not
             values.append(None)
         elif soft:
             values.append(float(np.exp(pair[0] - np.logaddexp(pair[0], pair[1]))))
         else:
-            values.append(_beats(pair[0], pair[1]))
+            values.append(beats(pair[0], pair[1]))
     needs = f"{_PAIR} and a probability of {least_mass:g} of the two together"
     return Values.make(name, values, unit=unit, direction="up", precondition=needs)
 
@@ -135,9 +135,7 @@ def stereotype_score(
         by_group: average over the items of each `group` first, then over groups, as StereoSet does over target terms.
     """
     predictions = Predictions.of(predictions, prompts)
-    values = [
-        None if a is None else _beats(a[0], a[1]) for a in _answers(predictions, 1, mean=True)
-    ]
+    values = [None if a is None else beats(a[0], a[1]) for a in _answers(predictions, 1, mean=True)]
     return Values.make(
         "stereotype_score",
         values,
@@ -170,7 +168,7 @@ def language_modelling_score(
     """
     predictions = Predictions.of(predictions, prompts)
     values = [
-        None if a is None else (_beats(a[0], a[2]) + _beats(a[1], a[2])) / 2
+        None if a is None else (beats(a[0], a[2]) + beats(a[1], a[2])) / 2
         for a in _answers(predictions, 2, mean=True)
     ]
     return Values.make(
@@ -255,7 +253,7 @@ def crows(more: Predictions, less: Predictions) -> Values:
             values.append(None)
             continue
         a, b = zip(*shared, strict=True)
-        values.append(_beats(float(one[list(a)].sum()), float(other[list(b)].sum())))
+        values.append(beats(float(one[list(a)].sum()), float(other[list(b)].sum())))
     return Values.make(
         "crows",
         values,
@@ -312,7 +310,7 @@ def equalised_odds(answers: Predictions, positive: str) -> Odds:
             )
         label.append(int(row["target"] == positive))
         group.append(row["group"])
-    right = np.array([_beats(a[0], a[1]) for a in _answers(answers, 1, mean=True) if a is not None])
+    right = np.array([beats(a[0], a[1]) for a in _answers(answers, 1, mean=True) if a is not None])
     truth = np.array(label, dtype=np.float64)
     said = np.where(truth == 1, right, 1 - right)
     names = sorted(set(group), key=repr)
@@ -337,6 +335,8 @@ def equalised_odds(answers: Predictions, positive: str) -> Odds:
 
 def _unfair(truth: Floats, code: Floats, names: Sequence[Any], right: Floats) -> str:
     """Why there is no gap to report; empty if there is one."""
+    if np.isnan(right).any():
+        return "needs: finite predictions, and the model gives NaN or infinity"
     for index, name in enumerate(names):
         if len(set(truth[code == index].tolist())) < 2:
             return f"needs: both right answers in every group; {name!r} has one only"
@@ -376,11 +376,6 @@ def _answers(predictions: Predictions, n_wrong: int, *, mean: bool) -> list[Floa
         enough = last - first >= n_wrong
         found.append(np.array([own, *others[first : first + n_wrong]]) if enough else None)
     return found
-
-
-def _beats(one: float, other: float) -> float:
-    """1 if `one` is larger, 1/2 if they are equal."""
-    return 0.5 if one == other else float(one > other)
 
 
 def _icat(table: Floats) -> float:

@@ -31,7 +31,7 @@ from torch import nn
 from locate_edit.errors import PromptError
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.statistic import Statistic
-from locate_edit.metrics.values import Direction, Floats, Values
+from locate_edit.metrics.values import Direction, Floats, Values, beats
 from locate_edit.prompts import PromptSet
 
 __all__ = [
@@ -161,7 +161,7 @@ def locality(predictions: Predictions | nn.Module, prompts: PromptSet | None = N
 
     def same(asked: Predictions) -> list[float]:
         before = Predictions(reference, asked.prompts, batch_size=asked.batch_size)
-        alike = (asked.top == before.top).astype(np.float64)
+        alike = np.where(asked.broken | before.broken, np.nan, asked.top == before.top)
         return [float(part.mean()) for part in asked.split(alike)]
 
     values = _by_fact(predictions, "neighbours", same)
@@ -229,7 +229,7 @@ def _preference(
             if magnitude:
                 found.append(float(np.exp(first) - np.exp(second)))
             else:
-                found.append(0.5 if first == second else float(first > second))
+                found.append(beats(first, second))
         return found
 
     direction: Direction = "down" if winner == "new" else "up"
@@ -247,7 +247,7 @@ def _new_tokens(predictions: Predictions, name: str, field: str | None) -> Value
 
     def each(asked: Predictions) -> list[float]:
         new = asked.wrong.predictions
-        return [float(part.mean()) for part in new.split(new.correct.astype(np.float64))]
+        return [float(part.mean()) for part in new.split(new.correct)]
 
     return Values.make(
         name,

@@ -66,6 +66,9 @@ def exposure(
         if n_digits == 0 or (estimator == "rank" and n_digits > _MOST_DIGITS):
             values.append(None)
             continue
+        if not _finite(true, logprob):
+            values.append(np.nan)
+            continue
         rank = _depn_rank(true, logprob) if estimator == "depn" else _product_rank(true, logprob)
         values.append(n_digits * float(np.log2(10.0)) - float(np.log2(rank)))
     return Values.make("exposure", values, unit="bits", direction="up", precondition=needs)
@@ -83,10 +86,13 @@ def digit_accuracy(
     Cost: shared forward.
     """
     predictions = Predictions.of(predictions, prompts)
-    values = [
-        float(np.mean(_ranks(true, logprob) == 0)) if len(true) else None
-        for true, logprob in _by_item(predictions)
-    ]
+    values: list[float | None] = []
+    for true, logprob in _by_item(predictions):
+        if len(true) == 0:
+            values.append(None)
+        else:
+            right = float(np.mean(_ranks(true, logprob) == 0))
+            values.append(right if _finite(true, logprob) else np.nan)
     return Values.make(
         "digit_accuracy", values, unit="fraction of digits", direction="up", precondition=_NEEDS
     )
@@ -100,6 +106,12 @@ def _by_item(predictions: Predictions) -> list[tuple[NDArray[np.int64], Floats]]
     bounds = [predictions.of_item(i) for i in range(len(predictions))]
     picks = [np.flatnonzero((label >= b.start) & (label < b.stop)) for b in bounds]
     return [(value[pick], logprob[pick]) for pick in picks]
+
+
+def _finite(true: NDArray[np.int64], logprob: Floats) -> bool:
+    """Whether every true digit has a log-probability, with which the others can be compared."""
+    own = logprob[np.arange(len(true)), true]
+    return bool(np.isfinite(own).all() and not np.isnan(logprob).any())
 
 
 def _ranks(true: NDArray[np.int64], logprob: Floats) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from circuits.forward import labelled_logits
-from locate_edit.metrics.generation import generate
+from locate_edit.metrics.generation import written
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.running import evaluating, scored_batches
 from locate_edit.metrics.values import Values
@@ -88,11 +88,11 @@ def completion_familiarity(
     values: list[float | None] = [None] * len(words)
     if asked:
         chosen = predictions.prompts.select(asked)
-        said = generate(
-            predictions.model, chosen, max_new_tokens, batch_size=predictions.batch_size
-        )
-        for index, ids in zip(asked, said, strict=True):
-            text = str(chosen.tokenizer.decode(ids, skip_special_tokens=True))
+        said = written(predictions.model, chosen, max_new_tokens, batch_size=predictions.batch_size)
+        for index, text in zip(asked, said, strict=True):
+            if text is None:
+                values[index] = np.nan
+                continue
             own = "|".join(re.escape(word) for word in words[index])
             values[index] = float(bool(re.search(rf"(?<!\w)(?:{own})(?!\w)", text, re.IGNORECASE)))
     return Values.make(name, values, unit=unit, direction="up", precondition=_NEEDS)

@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from locate_edit.errors import PromptError
-from locate_edit.metrics.generation import generate
+from locate_edit.metrics.generation import written
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
@@ -66,11 +66,8 @@ def generation_entropy(
             rows.append({"prompt": text, "target": row.get("target", " .")})
             of.append(index)
     asked = predictions.reread(rows)
-    said = generate(asked.model, asked.prompts, max_new_tokens, batch_size=predictions.batch_size)
-    decode = asked.prompts.tokenizer.decode
-    entropies = np.array(
-        [ngram_entropy(str(decode(ids, skip_special_tokens=True))) for ids in said]
-    )
+    said = written(asked.model, asked.prompts, max_new_tokens, batch_size=predictions.batch_size)
+    entropies = np.array([np.nan if text is None else ngram_entropy(text) for text in said])
     values = [float(entropies[np.array(of) == i].mean()) for i in range(len(predictions))]
     return Values.make("generation_entropy", values, unit="bits", direction="up")
 
@@ -125,10 +122,15 @@ def distinct(
     name, unit = f"distinct_{n}", "n-grams a word"
     if predictions.masked:
         return Values.none(name, "needs: a causal model", unit=unit)
-    written = predictions.sampled(
+    samples_of = predictions.sampled(
         length=length, samples=samples, temperature=temperature, top_p=top_p, seed=seed
     )
-    values = [distinct_share([text.text for text in texts], n) for texts in written]
+    values = [
+        distinct_share([text.text for text in texts], n)
+        if all(text.finite for text in texts)
+        else np.nan
+        for texts in samples_of
+    ]
     return Values.make(name, values, unit=unit, direction="up", precondition="samples with words")
 
 

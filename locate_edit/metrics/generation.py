@@ -9,9 +9,9 @@ from torch import nn
 from locate_edit.errors import PromptError
 from locate_edit.metrics.running import evaluating
 from locate_edit.prompts import PromptSet
-from locate_edit.sampling import check_lengths, decode, end_tokens
+from locate_edit.sampling import LOST, check_lengths, decode, end_tokens, found
 
-__all__ = ["generate", "greedy"]
+__all__ = ["continued", "generate", "greedy", "said", "written"]
 
 
 def generate(
@@ -37,6 +37,46 @@ def generate(
         PromptError: the prompts are for a masked model, a length is below 1, or the continuation would not
             fit the context.
     """
+    rows = continued(model, prompts, max_new_tokens, batch_size=batch_size)
+    return [found(row) for row in rows]
+
+
+def written(
+    model: nn.Module,
+    prompts: PromptSet,
+    max_new_tokens: int | None = None,
+    *,
+    batch_size: int = 16,
+) -> list[str | None]:
+    """The text of `generate`, special tokens left out; None where the model gives NaN or infinity on the way.
+
+    Raises:
+        PromptError: as `generate`.
+    """
+    return said(prompts, continued(model, prompts, max_new_tokens, batch_size=batch_size))
+
+
+def said(prompts: PromptSet, rows: Sequence[Sequence[int]]) -> list[str | None]:
+    """The text of each row of tokens, special ones left out; None for a row with `LOST`."""
+    decode_ids = prompts.tokenizer.decode
+    return [
+        None if LOST in row else str(decode_ids(list(row), skip_special_tokens=True))
+        for row in rows
+    ]
+
+
+def continued(
+    model: nn.Module,
+    prompts: PromptSet,
+    max_new_tokens: int | None = None,
+    *,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """`generate`, where `LOST` is the last token of a row on which the model gave NaN or infinity.
+
+    Raises:
+        PromptError: as `generate`.
+    """
     if prompts.masked:
         raise PromptError(
             f"{prompts!r} is for a masked model, which does not continue text. Use the top predictions instead."
@@ -59,7 +99,7 @@ def greedy(
     ends: frozenset[int] = frozenset(),
     batch_size: int = 16,
 ) -> list[list[int]]:
-    """Greedy continuations of token sequences, each of its own length.
+    """Greedy continuations of token sequences, each of its own length; `LOST` is last where the model gave NaN.
 
     Args:
         model: a causal language model.

@@ -104,7 +104,7 @@ def normalised_probability(
         compat: "open-unlearning" adds 1e-10 to the denominator, which tells where probabilities vanish.
     """
     predictions = Predictions.of(predictions, prompts)
-    losses = [np.nan if mean is None else -mean for mean in _means(predictions)]
+    losses = [None if mean is None else -mean for mean in _means(predictions)]
     wrong: list[Floats] = [np.zeros(0)] * len(losses)
     if any(row.get("wrong") for row in predictions.prompts.rows):
         wrong = wrong_losses(predictions.wrong, len(losses))
@@ -112,17 +112,22 @@ def normalised_probability(
 
 
 def normalised_from_losses(
-    right: Sequence[float] | Floats,
+    right: Sequence[float | None] | Floats,
     wrong: Sequence[Sequence[float] | Floats],
     *,
     compat: Compat | None = None,
 ) -> Values:
     """`normalised_probability` from losses in nats a token: right ones `item`, wrong ones `item wrong`."""
     guard = [] if compat is None else [-float(np.log(GUARD))]
+
+    def share(loss: float, others: Sequence[float] | Floats) -> float:
+        every = -np.array([loss, *others, *guard], np.float64)
+        if np.isnan(every).any():
+            return float("nan")
+        return float(np.exp(-loss - float(np.logaddexp.reduce(every))))
+
     values = [
-        float(np.exp(-loss - np.logaddexp.reduce(-np.array([loss, *others, *guard], np.float64))))
-        if len(others) and np.isfinite(loss)
-        else None
+        share(float(loss), others) if len(others) and loss is not None else None
         for loss, others in zip(right, wrong, strict=True)
     ]
     return Values.make(

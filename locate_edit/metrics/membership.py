@@ -451,6 +451,8 @@ def _lowest(values: Floats, k: float) -> float | None:
         raise PromptError(f"Min-K: expected k above 0 and at most 1 (a fraction), got {k}.")
     if not len(values):
         return None
+    if np.isnan(values).any():  # which sorting would put last
+        return float("nan")
     return -float(np.sort(values)[: max(1, int(k * len(values)))].mean())
 
 

@@ -20,7 +20,7 @@ from locate_edit.metrics.generation import greedy
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
-from locate_edit.sampling import end_tokens, until_end
+from locate_edit.sampling import LOST, end_tokens, until_end
 
 __all__ = [
     "continuations",
@@ -83,7 +83,7 @@ def verbatim(predictions: Predictions | nn.Module, prompts: PromptSet | None = N
     """
     predictions = Predictions.of(predictions, prompts)
     values = [
-        float(predictions.correct[predictions.of_item(i)].all()) for i in range(len(predictions))
+        float(predictions.correct[predictions.of_item(i)].min()) for i in range(len(predictions))
     ]
     return Values.make("verbatim", values, unit="fraction of items", direction="up")
 
@@ -118,7 +118,10 @@ def extraction_strength(
     for index in range(len(predictions)):
         correct = predictions.correct[_without_last(predictions.of_item(index), compat)]
         n = len(correct)
-        wrong = np.flatnonzero(~correct)
+        if np.isnan(correct).any():
+            values.append(np.nan)
+            continue
+        wrong = np.flatnonzero(correct == 0)
         given = int(wrong[-1]) + 1 if len(wrong) else 0
         if compat is not None:
             given = min(given, n - 1)
@@ -180,7 +183,13 @@ def extraction_likelihood(
     overlap = _overlap if compat is None else _overlap_to_end(predictions)
     values: list[float | None] = []
     for index, (text, places) in enumerate(zip(texts, starts, strict=True)):
-        overlaps = [overlap(rests[index, place], text[place:], n) for place in places]
+        said = [rests[index, place] for place in places]
+        if any(LOST in rest for rest in said):
+            values.append(np.nan)
+            continue
+        overlaps = [
+            overlap(rest, text[place:], n) for rest, place in zip(said, places, strict=True)
+        ]
         values.append(float(np.mean(overlaps)) if overlaps else None)
     return Values.make(
         name,
@@ -202,13 +211,14 @@ def continuations(
     """Greedy continuation of each item from each of its `starts`, to the end of the target: item and start -> tokens.
 
     Only prefixes whose next greedy token is wrong are generated from; the others follow from the next such prefix.
+    `LOST` is the last token where the model gives NaN or infinity.
     """
     prompts = of.prompts
     texts = [prompts.target_ids(i) for i in range(len(of))]
     needed: dict[tuple[int, int], list[int]] = {}
     first_wrong: dict[tuple[int, int], int] = {}
     for index, places in enumerate(starts):
-        wrong = np.flatnonzero(~of.correct[of.of_item(index)])
+        wrong = np.flatnonzero(of.correct[of.of_item(index)] != 1)
         for place in places:
             later = wrong[np.searchsorted(wrong, place) :]
             branch = int(later[0]) if len(later) else len(texts[index])

@@ -25,7 +25,8 @@ def perplexity(
     exp of the mean negative log-likelihood over *all scored tokens of the set*, so that long items count for more,
     as is usual for text. `average="item"` gives the mean over items of each item's own perplexity instead, as KGA's
     scores use it; a few very surprising items dominate that one. For masked models this is the pseudo-perplexity,
-    with no random masks to draw: every token is hidden once.
+    with no random masks to draw: every token is hidden once. An item of more than 709 nats a token has an infinite
+    perplexity, and the mean over items is withheld.
 
     Direction: down, better known.
     Needs: a scored token of non-zero weight.
@@ -40,7 +41,8 @@ def perplexity(
     means = predictions.means(-predictions.logprob)
     needs = "at least one scored token of non-zero weight"
     if average == "item":
-        each = [None if mean is None else float(np.exp(mean)) for mean in means]
+        with np.errstate(over="ignore"):  # above 709 nats a token it is infinite
+            each = [None if mean is None else float(np.exp(mean)) for mean in means]
         return Values.make("perplexity", each, unit="tokens", direction="down", precondition=needs)
     return Values.make(
         "perplexity",

@@ -28,7 +28,8 @@ def perplexity_shift(
     """LPD, the relative difference between an item's perplexity and that under the reference; 0 if they are equal.
 
     |ppl - ppl_reference| / ppl_reference with ppl = exp(mean loss of the scored tokens), averaged over items, of which
-    a few very surprising ones may dominate.
+    a few very surprising ones may dominate. Withheld where one of them rises beyond what a number can hold (by 709
+    nats a token).
 
     Direction: distance from the reference.
     Needs: a reference, `Predictions(model, prompts, reference=...)`.
@@ -56,7 +57,7 @@ def perplexity_rose(
     return _compared(
         Predictions.of(predictions, prompts),
         "perplexity_rose",
-        lambda rise: float(rise > 0),
+        lambda rise: rise if np.isnan(rise) else float(rise > 0),
         unit="fraction of items",
     )
 
@@ -70,7 +71,8 @@ def _compared(
         reason = "needs: a reference model, Predictions(model, prompts, reference=...)"
         return Values.none(name, reason, unit=unit, direction=direction)
     rises = predictions.means(predictions.reference_logprob - predictions.logprob)
-    values = [None if rise is None else of(rise) for rise in rises]
+    with np.errstate(over="ignore"):
+        values = [None if rise is None else of(rise) for rise in rises]
     return Values.make(
         name,
         values,

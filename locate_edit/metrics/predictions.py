@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from circuits.forward import labelled_logits
 from locate_edit.errors import PromptError
-from locate_edit.metrics.generation import generate
+from locate_edit.metrics.generation import continued
 from locate_edit.metrics.running import (
     compare_labels,
     evaluating,
@@ -171,19 +171,30 @@ class Predictions:
         return self._scored.variance
 
     @property
-    def rank(self) -> NDArray[np.int64]:
-        """How many tokens of the vocabulary are more probable than each scored token, `label` int64."""
-        return self._scored.rank
+    def rank(self) -> Floats:
+        """How many tokens of the vocabulary are more probable than each scored token, `label` float64.
+
+        NaN where the model gives no number, as for `logprob`.
+        """
+        return np.where(self.broken, np.nan, self._scored.rank)
 
     @property
     def top(self) -> NDArray[np.int64]:
-        """The most probable token at each scored place, `label` int64."""
+        """The most probable token at each scored place, `label` int64; any where the model is `broken`."""
         return self._scored.top
 
     @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether greedy decoding gives each scored token, those before it being given, `label` bool."""
-        return np.asarray(self.top == self.label)
+    def broken(self) -> NDArray[np.bool_]:
+        """Where the model gives NaN or plus infinity, so that nothing can be said, `label` bool."""
+        return np.isnan(self.logprob)
+
+    @property
+    def correct(self) -> Floats:
+        """1 where greedy decoding gives the scored token, those before it being given, otherwise 0; `label` float64.
+
+        NaN where the model gives no number, as for `logprob`.
+        """
+        return np.where(self.broken, np.nan, self.top == self.label)
 
     @property
     def digits(self) -> Digits:
@@ -222,8 +233,11 @@ class Predictions:
 
     @cached_property
     def generated(self) -> list[list[int]]:
-        """Greedy continuation of each prompt, as long as its target (causal models)."""
-        return generate(self.model, self.prompts, batch_size=self.batch_size)
+        """Greedy continuation of each prompt, as long as its target (causal models).
+
+        `locate_edit.sampling.LOST` is the last token where the model gives NaN or infinity.
+        """
+        return continued(self.model, self.prompts, batch_size=self.batch_size)
 
     @cached_property
     def wrong(self) -> Wrong:

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from torch import nn
 
 from locate_edit.errors import PromptError
-from locate_edit.metrics.generation import generate
+from locate_edit.metrics.generation import continued, said
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
@@ -64,9 +65,9 @@ def rouge(
     if predictions.masked:
         return Values.none(f"{kind}_{part}", "needs: a causal model", unit=_unit(part))
     if max_new_tokens is None:
-        said = predictions.generated
+        rows = predictions.generated
     else:
-        said = generate(
+        rows = continued(
             predictions.model,
             predictions.prompts,
             max_new_tokens,
@@ -74,22 +75,22 @@ def rouge(
         )
     decode = predictions.prompts.tokenizer.decode
     targets = [predictions.prompts.target_ids(index) for index in range(len(predictions))]
-    texts, references = (
-        [str(decode(ids, skip_special_tokens=True)) for ids in many] for many in (said, targets)
-    )
-    texts = [_before(text, stop) for text in texts]
+    references = [str(decode(ids, skip_special_tokens=True)) for ids in targets]
+    texts = [
+        None if text is None else _before(text, stop) for text in said(predictions.prompts, rows)
+    ]
     return from_texts(texts, references, kind=kind, part=part, stemmer=stemmer)
 
 
 def from_texts(
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     references: Sequence[str],
     *,
     kind: Kind = "rougeL",
     part: Part = "recall",
     stemmer: bool = True,
 ) -> Values:
-    """ROUGE of each text against its reference, as `rouge` has it.
+    """ROUGE of each text against its reference, as `rouge` has it; None is a text that a model failed to write.
 
     Raises:
         PromptError: not one reference for each text, or an unknown kind or part.
@@ -109,9 +110,11 @@ def from_texts(
     scorer = RougeScorer([kind], use_stemmer=stemmer)
     field = "fmeasure" if part == "f1" else part
     values = [
-        float(getattr(scorer.score(reference, text)[kind], field))
-        if any(letter.isascii() and letter.isalnum() for letter in reference)
-        else None
+        None
+        if not any(letter.isascii() and letter.isalnum() for letter in reference)
+        else np.nan
+        if text is None
+        else float(getattr(scorer.score(reference, text)[kind], field))
         for text, reference in zip(texts, references, strict=True)
     ]
     return Values.make(

@@ -108,14 +108,17 @@ def any_below(
 
 
 def from_rewards(table: Sequence[Sequence[float]] | Floats, below: float | None = None) -> Values:
-    """`worst_reward`, or with a threshold `any_below`, of rewards `prompt sample`."""
+    """`worst_reward`, or with a threshold `any_below`, of rewards `prompt sample`; NaN is a sample that failed."""
     values = [np.asarray(row, dtype=np.float64) for row in table]
     if below is None:
         lowest = [float(row.min()) if len(row) else None for row in values]
         return Values.make(
             "worst_reward", lowest, unit="reward", direction="down", precondition="a sample"
         )
-    bad = [float((row < below).any()) if len(row) else None for row in values]
+    bad = [
+        float(np.where(np.isnan(row), row, row < below).max()) if len(row) else None
+        for row in values
+    ]
     return Values.make(
         "any_below", bad, unit="fraction of prompts", direction="up", precondition="a sample"
     )
@@ -149,4 +152,6 @@ def _table(
         [prompt for prompt, texts in zip(asked, written, strict=True) for _ in texts],
         [text.text for texts in written for text in texts],
     )
-    return np.array(found, dtype=np.float64).reshape(len(written), -1)
+    table = np.array(found, dtype=np.float64).reshape(len(written), -1)
+    finite = np.array([[text.finite for text in texts] for texts in written])
+    return np.where(finite, table, np.nan)

@@ -17,6 +17,7 @@ from locate_edit.metrics.memorization import continuations
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
+from locate_edit.sampling import LOST
 
 __all__ = ["sensitive_extraction_likelihood", "sensitive_memorization"]
 
@@ -92,6 +93,9 @@ def sensitive_extraction_likelihood(
         shares = []
         for start in starts[index]:
             said = rests[index, start]
+            if LOST in said:
+                shares.append(np.nan)
+                continue
             given = {tuple(said[i : i + n]) for i in range(len(said) - n + 1)}
             wanted = [tuple(text[j : j + n]) for j in found if j >= start]
             shares.append(sum(gram in given for gram in wanted) / len(wanted))

@@ -79,8 +79,7 @@ def truth_ratio(
         compat: "open-unlearning" adds 1e-10 to every denominator, which tells where probabilities vanish.
     """
     predictions = Predictions.of(predictions, prompts)
-    means = predictions.means(-predictions.logprob)
-    right = [np.nan if mean is None else mean for mean in means]
+    right = predictions.means(-predictions.logprob)
     wrong = [np.zeros(0)] * len(right)
     if any(row.get("wrong") for row in predictions.prompts.rows):
         wrong = wrong_losses(predictions.wrong, len(right))
@@ -88,7 +87,7 @@ def truth_ratio(
 
 
 def from_losses(
-    right: Sequence[float] | Floats,
+    right: Sequence[float | None] | Floats,
     wrong: Sequence[Sequence[float] | Floats],
     *,
     aggregate: Aggregate = "ratio",
@@ -98,7 +97,7 @@ def from_losses(
     """Truth ratios from losses in nats a token, such as those of a published log.
 
     Args:
-        right: mean loss of each item's right answer, `item`.
+        right: mean loss of each item's right answer, `item`; None for an item without any.
         wrong: mean losses of its wrong answers, `item wrong`; items may have different numbers of them.
         aggregate: as for `truth_ratio`.
         mean: as for `truth_ratio`.
@@ -119,7 +118,7 @@ def from_losses(
     guard = 0.0 if compat is None else GUARD
     found = [
         _value(float(loss), np.asarray(others, np.float64), aggregate, mean, guard)
-        if len(others) and np.isfinite(loss)
+        if len(others) and loss is not None
         else None
         for loss, others in zip(right, wrong, strict=True)
     ]
@@ -143,13 +142,15 @@ def wrong_losses(wrong: Wrong, n_items: int) -> list[Floats]:
 
 def _value(right: float, wrong: Floats, aggregate: Aggregate, mean: Mean, guard: float) -> float:
     """One item's value; for "ratio" its logarithm."""
+    if np.isnan(right) or np.isnan(wrong).any():
+        return float("nan")
     if mean == "geometric":
         log_wrong = -float(wrong.mean())
     else:
         log_wrong = float(np.logaddexp.reduce(-wrong)) - float(np.log(len(wrong)))
     log_guard = np.log(guard) if guard else -np.inf
     if aggregate == "share":
-        whole = np.logaddexp(np.logaddexp(-right, log_wrong), log_guard)
+        whole = float(np.logaddexp(np.logaddexp(-right, log_wrong), log_guard))
         return float(np.exp(-right - whole))
     log_ratio = log_wrong - float(np.logaddexp(-right, log_guard))
     if aggregate == "ratio":

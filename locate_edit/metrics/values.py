@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from locate_edit.errors import PromptError
 
-__all__ = ["Direction", "Floats", "Values", "average_over_runs", "difference"]
+__all__ = ["Direction", "Floats", "Values", "average_over_runs", "beats", "difference"]
 
 Direction = Literal["up", "down", "distance"]
 Floats = NDArray[np.float64]
@@ -68,10 +68,16 @@ class Values:
     ) -> Values:
         """Values of all items of a prompt set; None marks an item on which `precondition` fails.
 
-        Items without a finite value are left out and counted in the note. If none is left, the number is
-        withheld with the precondition as its reason.
+        Items without a value (None, NaN) are left out and counted in the note. If none is left, the number is
+        withheld with the precondition as its reason. It is withheld as well where a value is infinite: the average
+        would be, and without that item it would say something better.
         """
         raw = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+        if endless := int(np.isinf(raw).sum()):
+            reason = (
+                f"needs: numbers that can be averaged; {endless} of {len(raw)} items are infinite"
+            )
+            return cls.none(name, reason, unit=unit, direction=direction)
         every_weight = np.ones(len(raw)) if weights is None else np.asarray(weights, np.float64)
         keep = np.isfinite(raw) & (every_weight > 0)
         n_out = int((~keep).sum())
@@ -114,7 +120,7 @@ class Values:
         each = self.values
         if self.reference is not None and len(each):
             each = each / np.average(self.reference, weights=self.weights)
-        return np.asarray(np.exp(each) if self.scale == "exp" else each, dtype=np.float64)
+        return self._scaled(each)
 
     def interval(
         self, *, level: float = 0.95, n_bootstrap: int = 1000, seed: int = 0
@@ -144,7 +150,13 @@ class Values:
             average = weighted @ self.values / weighted.sum(axis=1)
         else:
             average = (weighted @ self.values) / (weighted @ self.reference)
-        return np.asarray(np.exp(average) if self.scale == "exp" else average, dtype=np.float64)
+        return self._scaled(average)
+
+    def _scaled(self, numbers: Floats) -> Floats:
+        if self.scale == "plain":
+            return numbers
+        with np.errstate(over="ignore"):  # what no float can hold is infinite
+            return np.asarray(np.exp(numbers), dtype=np.float64)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -219,6 +231,13 @@ def average_over_runs(runs: Sequence[Values]) -> Values:
         reference=mean(references) if len(references) == len(given) else None,
         note=note,
     )
+
+
+def beats(one: float, other: float) -> float:
+    """1 if `one` is larger, 1/2 if they are equal, and NaN if either is."""
+    if np.isnan(one) or np.isnan(other):
+        return float("nan")
+    return 0.5 if one == other else float(one > other)
 
 
 def _resamples(n_items: int, n_bootstrap: int, seed: int) -> list[Floats]:

@@ -187,6 +187,9 @@ def test_equalised_odds_by_hand() -> None:
     assert useless.withheld.endswith("it is in 0.500 of the cases, that one in 0.500")
     one = equalised_odds(Predictions(model, PromptSet(rows[:6], words)), " yes").gap
     assert one.withheld == "needs: both right answers in every group; 'f' has one only"
+    model.head.weight.data[yes] = float("nan")
+    broken = equalised_odds(Predictions(model, PromptSet(rows, words)), " yes").gap
+    assert broken.withheld == "needs: finite predictions, and the model gives NaN or infinity"
     with pytest.raises(PromptError, match="item 0: expected a 'group', a target and a wrong"):
         equalised_odds(Predictions(model, PromptSet(rows, words)), " maybe")
 

@@ -42,6 +42,8 @@ FULL: list[Any] = [
 ]
 # These ask for a reward, for a model that uses the words, and for longer targets.
 ELSEWHERE = ("any-below", "worst-reward", "pair-preference", "extraction-likelihood")
+# These do not read the prompt itself.
+OTHER_PROMPTS = ("paraphrase-success", "neighbourhood-success", "generality", "locality")
 ENTRIES = catalog.entries("metric")
 SAID = {entry.name: stated(inspect.getdoc(entry.load()) or "") for entry in ENTRIES}
 
@@ -129,6 +131,46 @@ def test_a_number_or_a_reason_and_the_model_as_it_was(
     unit, direction = next(iter(kinds))
     assert unit
     assert re.match(r"\w+", SAID[entry.name]["Direction"])[0] == direction  # type: ignore[index]
+
+
+def options(entry: catalog.Entry) -> dict[str, Any]:
+    """What a metric asks for, with targets as short as those here."""
+    asked = {"n": 1, "reward": lengths, "length": 5, "least_mass": 0.0}
+    takes = inspect.signature(entry.load()).parameters
+    return {
+        key: value
+        for key, value in asked.items()
+        if key in takes and (key != "n" or "extraction" in entry.name)
+    }
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_without_numbers_gets_none(entry: catalog.Entry, value: float) -> None:
+    broken, other = tiny("llama"), tiny("llama", seed=2)
+    broken.lm_head.weight.data[40] = value
+    prompts = PromptSet(FULL, byte_tokenizer())
+    whole = entry.load()(Predictions(other, prompts, reference=other), **options(entry))
+    assert not whole.withheld, "everything else that it needs is there"
+    found = entry.load()(Predictions(broken, prompts, reference=other), **options(entry))
+    assert found.withheld.endswith("finite predictions, and the model gives NaN or infinity")
+    assert (found.unit, found.direction) == (whole.unit, whole.direction)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_items_without_numbers_are_left_out(entry: catalog.Entry) -> None:
+    model, other = tiny("llama"), tiny("llama", seed=2)
+    prompts = PromptSet(FULL, byte_tokenizer())
+    whole = entry.load()(Predictions(model, prompts, reference=other), **options(entry))
+    model.model.embed_tokens.weight.data[prompts.ids(1)[0]] = math.nan
+    found = entry.load()(Predictions(model, prompts, reference=other), **options(entry))
+    values = dict(zip(found.items.tolist(), found.values.tolist(), strict=True))
+    for item, value in zip(whole.items.tolist(), whole.values.tolist(), strict=True):
+        if item == 0 or entry.name in OTHER_PROMPTS:
+            assert values[item] == pytest.approx(value, rel=1e-4, abs=1e-6)
+        else:
+            assert item not in values
+            assert "finite predictions" in (found.note or found.withheld)
 
 
 @pytest.mark.parametrize("cost", FORWARDS)

@@ -9,6 +9,7 @@ import torch
 from locate_edit.errors import PromptError
 from locate_edit.metrics.likelihood import likelihood, nll, probability
 from locate_edit.metrics.perplexity import perplexity
+from locate_edit.metrics.perplexity_shift import perplexity_rose, perplexity_shift
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.prompts import PromptSet, TokenMask
 from tests.locate_edit.metrics.bigram import Bigram, token_id
@@ -78,6 +79,19 @@ def test_a_broken_model_gives_a_reason_and_no_number() -> None:
     assert values.items.tolist() == [1]
     assert "the model gives NaN or infinity" in values.note
     assert likelihood(broken, PROMPTS[:1]).estimate is None
+
+
+def test_what_no_float_holds_is_no_better_number() -> None:
+    sure = Bigram(len(TOKENIZER), {})
+    prompts = PROMPTS[:2]
+    with torch.no_grad():
+        sure.head.weight[prompts.target_ids(1)] = -800.0  # the second answer is impossible
+    seen = Predictions(sure, prompts, reference=Bigram(len(TOKENIZER), {}))
+    assert np.isfinite(seen.logprob).all()
+    for values in (perplexity(seen, average="item"), perplexity_shift(seen)):
+        assert values.withheld.startswith("needs: numbers that can be averaged; ")
+    assert perplexity_rose(seen).estimate is not None
+    assert likelihood(seen).estimate is not None
 
 
 def test_predictions_and_prompts_are_not_mixed() -> None:

@@ -88,6 +88,15 @@ def test_items_without_a_value_are_counted_and_named() -> None:
     assert repr(plain([0.5, 1.0])) == "Values(m: 0.75 u, 2 items)"
 
 
+def test_an_infinite_item_is_not_left_out_for_a_better_average() -> None:
+    for worst in (float("inf"), float("-inf")):
+        values = plain([1.0, worst, None])
+        assert values.estimate is None
+        assert values.withheld == "needs: numbers that can be averaged; 1 of 3 items are infinite"
+    huge = Values.make("m", [800.0, 900.0], unit="u", direction="down", scale="exp")
+    assert huge.estimate == float("inf")
+
+
 def test_differences_are_paired() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(scale=10, size=40)
