@@ -1,4 +1,4 @@
-"""Records of a data set, from a folder of JSON or CSV files or from the hub."""
+"""Records of a data set, from a folder of JSON, CSV or parquet files or from the hub."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ from locate_edit.errors import PromptError
 
 Record = dict[str, Any]
 
-SUFFIXES = (".jsonl", ".json", ".csv")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def records(
-    source: str | Path, *names: str, hub: str | None = None, split: str = "train"
+    source: str | Path,
+    *names: str,
+    hub: str | None = None,
+    split: str = "train",
+    also: str = "",
 ) -> list[Record]:
     """The records of a data set.
 
     Args:
-        source: a folder, a file, or a name on the hub (``owner/name``).
+        source: a folder, which may be one downloaded from the hub, a file, or a name on the hub (``owner/name``).
         names: what the file may be called in a folder, without its suffix; the first that is there is read.
         hub: the configuration to ask the hub for; None takes the first of ``names``.
         split: the hub's split.
+        also: another file that the caller looked for in vain, for the message.
 
     Raises:
-        PromptError: no such folder, file or hub name, a file that is neither JSON lines, a JSON list of objects nor
-            CSV with a header, or `datasets` is needed and not installed.
+        PromptError: no such folder, file or hub name, a file that is neither JSON lines, a JSON list of objects, CSV
+            with a header nor parquet, or `datasets` is needed and not installed.
     """
     place = Path(source)
     if place.is_file():
@@ -37,12 +42,15 @@ def records(
             for suffix in SUFFIXES:
                 if (place / f"{name}{suffix}").is_file():
                     return read_records(place / f"{name}{suffix}")
+        if files := snapshot(place, hub or names[0], split):
+            return [record for file in files for record in read_records(file)]
         there = sorted(p.name for p in place.iterdir() if p.suffix in SUFFIXES)
+        wanted = [f"{name}.jsonl" for name in names]
         raise PromptError(
-            f"{place}: expected a file called {' or '.join(f'{n}.jsonl' for n in names)} (or .json, .csv), "
-            f"found {', '.join(there) or 'no such files'}."
+            f"{place}: expected a file called {' or '.join(wanted)} (or .json, .csv, .parquet)"
+            f"{f', or {also}' if also else ''}; found {', '.join(there) or 'no such files'}."
         )
-    if str(source).count("/") != 1 or place.is_absolute():
+    if not is_hub_name(source):
         raise PromptError(
             f"{source}: no such folder or file. Give a folder, a JSON or CSV file, or a name on the hub such as "
             "'locuslab/TOFU'."
@@ -50,13 +58,66 @@ def records(
     return _from_hub(str(source), hub or names[0], split)
 
 
+def is_hub_name(source: str | Path) -> bool:
+    """Whether a source is no local path and has the form ``owner/name``."""
+    place = Path(source)
+    return str(source).count("/") == 1 and not place.is_absolute() and not place.exists()
+
+
+def snapshot(place: Path, configuration: str, split: str) -> list[Path]:
+    """The files of one split in a folder that was downloaded from the hub."""
+    found = [*place.glob(f"{configuration}/{split}-*"), *place.glob(f"{configuration}/{split}/*")]
+    if configuration == "default":
+        found += [*place.glob(f"data/{split}-*"), *place.glob(f"{split}-*")]
+    return sorted(file for file in found if file.suffix in SUFFIXES)
+
+
 def read_records(path: Path) -> list[Record]:
     """The records of a file, which its suffix says how to read.
 
     Raises:
-        PromptError: as `read_json` and `read_csv`.
+        PromptError: as `read_json`, `read_csv` and `read_parquet`.
     """
-    return read_csv(path) if path.suffix == ".csv" else read_json(path)
+    readers = {".csv": read_csv, ".parquet": read_parquet}
+    return readers.get(path.suffix, read_json)(path)
+
+
+def read_parquet(path: Path) -> list[Record]:
+    """The rows of a parquet file.
+
+    Raises:
+        PromptError: it is none, has no rows, or `pyarrow` is not installed.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise PromptError(
+            f"{path}: reading parquet needs the package 'pyarrow', which 'datasets' brings along: pip install datasets."
+        ) from error
+    try:
+        found: list[Record] = parquet.read_table(path).to_pylist()
+    except (OSError, ArrowException) as error:
+        raise PromptError(f"{path}: cannot be read as parquet ({error}).") from error
+    if not found:
+        raise PromptError(f"{path}: the file holds no records.")
+    return found
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers.
+
+    Raises:
+        PromptError: not UTF-8, or no lines.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    lines = enumerate((line.strip() for line in text.split("\n")), start=1)
+    found = [(number, line) for number, line in lines if line]
+    if not found:
+        raise PromptError(f"{path}: the file holds no lines.")
+    return found
 
 
 def read_csv(path: Path) -> list[Record]:
@@ -162,17 +223,25 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise PromptError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
 
 
+_DOWNLOAD = (
+    "Without a network here: 'hf download {name} --repo-type dataset --local-dir FOLDER' where there is one, then give "
+    "the folder."
+)
+
+
 def _from_hub(name: str, configuration: str, split: str) -> list[Record]:
     try:
         import datasets
     except ImportError as error:
         raise PromptError(
             f"{name!r} is no local folder, and reading it from the hub needs the package 'datasets': pip install "
-            "datasets, or give a local folder."
+            f"datasets, or give a local folder. {_DOWNLOAD.format(name=name)}"
         ) from error
     try:
         return [dict(record) for record in datasets.load_dataset(name, configuration, split=split)]
     except Exception as error:  # the library raises many kinds; all mean that it is not to be had
+        reason = str(error).strip().partition("\n")[0]
         raise PromptError(
-            f"the hub gave no {name!r} ({configuration!r}, split {split!r}): {type(error).__name__}: {error}"
+            f"{name!r} is no local folder, and the hub did not give it ({configuration!r}, split {split!r}): "
+            f"{type(error).__name__}: {reason} {_DOWNLOAD.format(name=name)}"
         ) from error

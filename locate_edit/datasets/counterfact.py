@@ -27,7 +27,8 @@ def rows(source: str | Path = HUB) -> list[dict[str, Any]]:
     ``paraphrases`` and ``neighbours`` are prompts; neighbours have the same true answer about other subjects.
 
     Args:
-        source: a folder or file, in the layout of the published JSON (``requested_rewrite``) or flat, or a hub name.
+        source: a folder or file, in the layout of the published JSON (``requested_rewrite``), that of
+            `NeelNanda/counterfact-tracing` (without paraphrases and neighbours) or flat, or a hub name.
 
     Raises:
         PromptError: a source that is not there, or a record without the fields of a case.
@@ -95,6 +96,8 @@ def neighbours(prompts: PromptSet) -> PromptSet:
 
 def _flat(record: Record) -> Record:
     """A case with its rewrite's fields at the top, whichever way it was stored."""
+    if "relation_prefix" in record and "target_false" in record:
+        return _of_tracing(record)
     rewrite = record.get("requested_rewrite")
     if not isinstance(rewrite, dict):
         return record
@@ -104,3 +107,16 @@ def _flat(record: Record) -> Record:
         if name in ("target_true", "target_new")
     }
     return {**record, **rewrite, **answers, "relation": rewrite.get("relation_id", "")}
+
+
+def _of_tracing(record: Record) -> Record:
+    """A case of `NeelNanda/counterfact-tracing`, where the space before a subject is part of it."""
+    subject = str(record.get("subject", ""))
+    before = record["relation_prefix"] + subject[: len(subject) - len(subject.lstrip())]
+    return {
+        **record,
+        "subject": subject.strip(),
+        "prompt": f"{before}{{}}{record.get('relation_suffix', '')}",
+        "target_new": record["target_false"],
+        "relation": record.get("relation_id", ""),
+    }

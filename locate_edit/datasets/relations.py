@@ -33,8 +33,8 @@ def rows(
     """The pairs of one relation; ``wrong`` are other objects of it, drawn with ``seed``.
 
     Args:
-        source: a folder in the published layout (a JSON file a relation, in folders by category), or with
-            `relations.jsonl` and `templates.jsonl`.
+        source: a folder in the published layout (a JSON file a relation, in folders by category), a clone of the
+            published repository, or a folder with `relations.jsonl` and `templates.jsonl`.
         relation: one of `names`.
         template: which of the relation's prompts; the others are the ``paraphrases``.
         seed: of the wrong answers.
@@ -100,7 +100,12 @@ def _read(source: str | Path) -> dict[str, Record]:
     """Templates, category and pairs by relation."""
     place = Path(source)
     if not place.is_dir():
-        raise PromptError(f"{place}: no such folder. Give the folder that holds the relations.")
+        raise PromptError(
+            f"{place}: no such folder. Give the folder that holds the relations: 'data' of a clone of "
+            "github.com/evandez/relations. They are not read from the hub."
+        )
+    if not (place / "relations.jsonl").is_file() and (place / "data").is_dir():
+        place /= "data"
     if (place / "relations.jsonl").is_file():
         return _by_relation(place / "templates.jsonl", place / "relations.jsonl")
     found = {}
@@ -111,7 +116,8 @@ def _read(source: str | Path) -> dict[str, Record]:
             found[path.stem] = {**record, "category": category}
     if not found:
         raise PromptError(
-            f"{place}: no relations in it; expected relations.jsonl, or a JSON file a relation."
+            f"{place}: no relations in it; expected relations.jsonl, or a JSON file a relation as in the folder 'data' "
+            "of github.com/evandez/relations."
         )
     return found
 

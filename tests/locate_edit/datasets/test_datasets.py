@@ -217,6 +217,145 @@ def test_winobias_pairs_that_differ_elsewhere_are_left_out(tmp_path: Path) -> No
         pronouns.winobias(path, type_=2)
 
 
+def test_winogender_as_published(tmp_path: Path) -> None:
+    said = {"male": "He ran.", "female": "She ran.", "neutral": "They ran."}
+    lines = ["sentid\tsentence"]
+    lines += [f"guard.clerk.0.{g}.txt\tThe guard saw the clerk. {t}" for g, t in said.items()]
+    lines += [
+        f'tax adviser.someone.1.{g}.txt\tThe tax adviser said "{p} can go".'
+        for g, p in (("female", "she"), ("male", "he"))
+    ]
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "all_sentences.tsv"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    found = pronouns.winogender(path)
+    assert found == pronouns.winogender(path.parent) == pronouns.winogender(tmp_path)
+    assert [row["about"] for row in found] == ["occupation", "participant"]
+    assert found[1]["prompt"] == 'The tax adviser said "'
+    assert (found[1]["target"], found[1]["wrong"], found[1]["group"]) == ("he", ["she"], "tax adviser")  # fmt: skip
+    path.write_text("sentid\tsentence\nguard.clerk.male.txt\tHe ran.", "utf-8")
+    with pytest.raises(PromptError, match=r"all_sentences\.tsv, line 2: expected OCCUPATION\."):
+        pronouns.winogender(path)
+    with pytest.raises(PromptError, match=r"not read from the hub\. Download data/all_sent"):
+        pronouns.winogender("owner/winogender")
+
+
+BIASED = {
+    "pro": ["[The cook] asked the guard if [she] may.", "The cook met [the guard] , and [he] left."],
+    "anti": ["[The cook] asked the guard if [he] may.", "The cook met [the guard] , and [she] left."],
+}  # fmt: skip
+"""Two invented pairs; the second in the way of text that was cut into words."""
+
+
+def test_winobias_as_published(tmp_path: Path) -> None:
+    for side, lines in BIASED.items():
+        for at, numbered in (("dev", True), ("test", False)):
+            text = "\n".join(f"{n} {line}" if numbered else line for n, line in enumerate(lines, 1))
+            (tmp_path / f"{side}_stereotyped_type1.txt.{at}").write_text(text + "\n", "utf-8")
+    dev = pronouns.winobias(tmp_path, type_=1, split="dev")
+    assert [(row["prompt"], row["target"], row["wrong"], row["id"]) for row in dev] == [
+        ("The cook asked the guard if", " she", [" he"], "1-dev-1"),
+        ("The cook met the guard , and", " he", [" she"], "1-dev-2"),
+    ]
+    assert [row["subject"] for row in dev] == ["The cook", "the guard"]
+    test = pronouns.winobias(tmp_path, type_=1, split="test")
+    assert [row["prompt"] for row in test] == [row["prompt"] for row in dev]
+    with pytest.raises(PromptError, match=r"lacks pro_stereotyped_type2\.txt\.dev, anti_.*type_"):
+        pronouns.winobias(tmp_path)
+    with pytest.raises(PromptError, match=r"winobias\.jsonl.*or pro_stereotyped_type2\.txt\.test"):
+        pronouns.winobias(tmp_path, type_=2, split="test")
+    for side in BIASED:
+        bare = (
+            "The cook left when [she] could." if side == "pro" else "The cook left when [he] could."
+        )
+        (tmp_path / f"{side}_stereotyped_type2.txt.dev").write_text(bare, "utf-8")
+    with pytest.raises(PromptError, match="WinoBias 2-dev-1: expected the person in brackets"):
+        pronouns.winobias(tmp_path, type_=2, split="dev")
+
+
+def hub_records(side: str) -> list[dict[str, Any]]:
+    """The invented pairs in the hub's layout."""
+    made = []
+    for sentence in BIASED[side]:
+        words = sentence.removesuffix(".").split(" ")
+        opened = [i for i, word in enumerate(words) if word.startswith("[")]
+        closed = [i for i, word in enumerate(words) if word.endswith("]")]
+        ends = [str(at) for pair in zip(opened, closed, strict=True) for at in pair]
+        made.append(
+            {
+                "tokens": [*(word.strip("[]") for word in words), "."],
+                "coreference_clusters": ends,
+            }
+        )
+    return made
+
+
+def test_winobias_of_the_hub_and_downloaded_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(name: str, configuration: str, split: str) -> list[dict[str, Any]]:
+        asked.append((name, configuration, split))
+        return hub_records(configuration.partition("_")[2])
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    found = pronouns.winobias(type_=1, split="dev")
+    assert asked == [
+        ("uclanlp/wino_bias", "type1_pro", "validation"),
+        ("uclanlp/wino_bias", "type1_anti", "validation"),
+    ]
+    assert [(r["prompt"], r["target"], r["suffix"], r["subject"]) for r in found] == [
+        ("The cook asked the guard if", " she", " may.", "The cook"),
+        ("The cook met the guard, and", " he", " left.", "the guard"),
+    ]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table
+    for side in BIASED:
+        (tmp_path / f"type1_{side}").mkdir()
+        file = tmp_path / f"type1_{side}" / "validation-00000-of-00001.parquet"
+        parquet.write_table(table.from_pylist(hub_records(side)), file)
+    assert pronouns.winobias(tmp_path, type_=1, split="dev") == found
+    file.write_text("no table")
+    with pytest.raises(PromptError, match=r"parquet: cannot be read as parquet \("):
+        pronouns.winobias(tmp_path, type_=1, split="dev")
+
+
+def test_counterfact_for_tracing_and_downloaded_from_the_hub(tmp_path: Path) -> None:
+    record = {
+        "relation": "The sport of {} is", "relation_prefix": "The sport of", "relation_suffix": " is",
+        "prompt": "The sport of Ann Lee is", "relation_id": "P1", "target_true": " golf", "target_false": " chess",
+        "subject": " Ann Lee",
+    }  # fmt: skip
+    (row,) = counterfact.rows(write(tmp_path / "tracing.jsonl", [record]))
+    assert (row["prompt"], row["target"], row["wrong"]) == (record["prompt"], " golf", [" chess"])
+    assert (row["subject"], row["relation"], row["paraphrases"]) == ("Ann Lee", "P1", [])
+    first = {**record, "relation_prefix": "", "subject": "Ann Lee", "prompt": "Ann Lee is"}
+    (row,) = counterfact.rows(write(tmp_path / "tracing.jsonl", [first]))
+    assert row["prompt"] == "Ann Lee is"
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table
+    (tmp_path / "data").mkdir()
+    parquet.write_table(
+        table.from_pylist([CASE]), tmp_path / "data" / "train-00000-of-00001.parquet"
+    )
+    assert counterfact.rows(tmp_path) == counterfact.rows(write(tmp_path / "flat.json", [CASE]))
+
+
+def test_a_clone_of_the_relations_and_a_name_on_the_hub(tmp_path: Path) -> None:
+    samples = [{"subject": "Ann", "object": "golf"}, {"subject": "Bo", "object": "chess"}]
+    about = {"name": "plays", "prompt_templates": ["{} plays"], "samples": samples}
+    (tmp_path / "settings.json").write_text("[]", "utf-8")
+    (tmp_path / "data" / "factual").mkdir(parents=True)
+    (tmp_path / "data" / "factual" / "plays.json").write_text(json.dumps(about), "utf-8")
+    assert relations.names(tmp_path) == ["plays"]
+    assert relations.rows(tmp_path, "plays")[0]["category"] == "factual"
+    with pytest.raises(PromptError, match=r"github\.com/evandez/relations\. They are not"):
+        relations.names("owner/relations")
+
+
 def test_passages_cover_the_text(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("abcdefghij klmnop\r\nqrstuvwxyz", encoding="utf-8")
@@ -327,8 +466,17 @@ def test_the_hub_is_asked_only_for_hub_names(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [("locuslab/TOFU", "retain_perturbed", "train")]
     with pytest.raises(PromptError, match="no such folder or file"):
         tofu.rows("/nowhere/at/all", "forget01")
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no network\nand more lines")
+
+    fake.load_dataset = offline  # type: ignore[attr-defined]
+    with pytest.raises(
+        PromptError, match=r"no local folder, and .* no network Without .*hf download"
+    ):
+        tofu.rows(split="forget01")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(PromptError, match="pip install datasets"):
+    with pytest.raises(PromptError, match=r"pip install datasets.*hf download locuslab/TOFU"):
         tofu.rows(split="forget01")
 
 
