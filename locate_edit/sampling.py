@@ -4,17 +4,21 @@
     written[0].text                                  # the first of the first prompt
 
 Rows are padded on the left, positions are counted from the first real token, and a batch ends when all of its rows
-have. Every row has its own stream of random numbers, made from the seed and the row's place among all rows, so what
-is drawn does not depend on the batch size (but for rounding) nor on the device's generator.
+have. Every row has its own stream of random numbers, made from the seed, the prompt's tokens and the number of the
+sample, so what is drawn depends neither on the other prompts and their order nor on the batch size (but for rounding)
+nor on the device's generator.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,8 +146,7 @@ def _sampled(
         )
     rows = [start for start in starts for _ in range(samples)]
     check_lengths(model, starts, [length] * len(starts))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand((len(rows), length), generator=generator, dtype=torch.float64)
+    drawn = _numbers(starts, length, samples, seed) if temperature > 0 else torch.empty(0)
     # Rows of similar length share a batch: the least padding.
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     made: list[list[int]] = [[] for _ in rows]
@@ -158,6 +161,24 @@ def _sampled(
             for index, row in zip(chosen, written, strict=True):
                 made[index] = row
     return made
+
+
+def _numbers(starts: Sequence[Sequence[int]], length: int, samples: int, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1) for every step of every row, `row step` float64.
+
+    Each row's are made from the seed, its start, the number of the sample, and how often the start was there before.
+    """
+    numbers = np.empty((len(starts) * samples, length))
+    before: Counter[bytes] = Counter()
+    for index, start in enumerate(starts):
+        tokens = np.asarray(start, dtype=np.int64).tobytes()
+        for sample_index in range(samples):
+            name = f"{seed} {sample_index} {before[tokens]} ".encode() + tokens
+            key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
+            row = np.random.Generator(np.random.Philox(key=key))
+            row.random(out=numbers[index * samples + sample_index])
+        before[tokens] += 1
+    return torch.from_numpy(numbers)
 
 
 def found(row: Sequence[int]) -> list[int]:

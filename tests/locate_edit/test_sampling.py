@@ -7,13 +7,14 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from locate_edit import PromptSet, sampling
 from locate_edit.errors import PromptError
-from locate_edit.sampling import Continuation, _Draw, sample, sample_ids
+from locate_edit.sampling import Continuation, _Draw, _numbers, sample, sample_ids
 from tests.conftest import fingerprint
 from tests.tiny import byte_tokenizer, tiny
 
@@ -82,7 +83,7 @@ def test_sampling_equals_a_literal_loop(temperature: float, top_p: float) -> Non
     found = sample_ids(
         model, STARTS, length=5, samples=2, temperature=temperature, top_p=top_p, seed=3
     )
-    numbers = torch.rand((8, 5), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    numbers = _numbers(STARTS, 5, 2, seed=3)
     rows = [start for start in STARTS for _ in range(2)]
     wanted = [literal(model, s, n, temperature, top_p) for s, n in zip(rows, numbers, strict=True)]
     assert found == wanted
@@ -95,6 +96,29 @@ def test_same_seed_same_tokens_whatever_the_batch_size() -> None:
     assert sample_ids(model, STARTS, length=6, samples=3, seed=1) == found
     assert sample_ids(model, STARTS, length=6, samples=3, seed=1, batch_size=2) == found
     assert sample_ids(model, STARTS, length=6, samples=3, seed=2) != found
+
+
+def test_what_is_drawn_for_a_prompt_depends_on_no_other_prompt() -> None:
+    model = tiny("llama")
+    starts = [*STARTS, STARTS[1]]  # one of them twice
+    found = sample_ids(model, starts, length=6, samples=2, seed=1)
+    by_start = [found[2 * i : 2 * i + 2] for i in range(len(starts))]
+    assert by_start[1] != by_start[4], "the same prompt again gives other samples"
+    order = [3, 1, 0, 4, 2]
+    mixed = sample_ids(model, [starts[i] for i in order], length=6, samples=2, seed=1, batch_size=3)
+    assert [mixed[2 * k : 2 * k + 2] for k in range(5)] == [by_start[i] for i in order]
+    assert sample_ids(model, starts[2:3], length=6, samples=2, seed=1) == by_start[2]
+    longer = sample_ids(model, starts[2:3], length=9, samples=3, seed=1)
+    assert [row[:6] for row in longer[:2]] == by_start[2]
+
+
+def test_the_numbers_are_uniform_and_rows_are_unlike() -> None:
+    numbers = _numbers([[1], [2], [1]], 4000, 2, seed=0).numpy()
+    assert numbers.shape == (6, 4000)
+    assert 0 <= numbers.min() < 0.001
+    assert 0.999 < numbers.max() < 1
+    assert abs(numbers.mean(axis=1) - 0.5).max() < 4 / (12 * 4000) ** 0.5
+    assert abs(np.corrcoef(numbers) - np.eye(6)).max() < 4 / 4000**0.5
 
 
 def test_a_batch_costs_one_forward_a_token() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from locate_edit.errors import RewardError
 from locate_edit.metrics.familiarity import completion_familiarity, token_familiarity
+from locate_edit.metrics.fluency import distinct
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.sampled_rewards import any_below, from_rewards, worst_reward
 from locate_edit.prompts import PromptSet
@@ -51,6 +52,24 @@ def test_scores_are_those_of_the_samples() -> None:
     assert worst.values.tolist() == rewards.min(1).tolist()
     assert often.values.tolist() == (rewards < 0).any(1).astype(float).tolist()
     assert worst.values[1] == 0.0  # b never leads to the rat
+
+
+@pytest.mark.parametrize("metric", [worst_reward, any_below, distinct])
+def test_samples_do_not_depend_on_the_order_of_the_prompts(metric: Any) -> None:
+    model = tiny("llama")
+    rows: list[Any] = [("Ann is", " x"), ("Somebody", " y"), ("z", " z"), ("Bo plays", " w")]
+    order = [2, 0, 3, 1]
+    lexicon = (
+        {} if metric is distinct else {"reward": lambda _asked, texts: [-len(t) for t in texts]}
+    )
+    if metric is any_below:
+        lexicon["below"] = -5.0
+    each = partial(metric, samples=3, length=4, top_p=1.0, **lexicon)
+    straight = each(Predictions(model, PromptSet(rows, byte_tokenizer())))
+    mixed = PromptSet([rows[i] for i in order], byte_tokenizer())
+    assert each(Predictions(model, mixed, batch_size=2)).values.tolist() == (
+        straight.values[order].tolist()
+    )
 
 
 def test_more_samples_find_what_is_rare() -> None:
