@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from circuits.errors import LocateEditError, MaskError, SiteError, UnknownFamily
 
 __all__ = [
     "EditError",
+    "Interrupted",
     "LocateEditError",
     "MaskError",
     "PromptError",
@@ -25,3 +28,15 @@ class EditError(LocateEditError):
 
 class RewardError(LocateEditError):
     """A reward that cannot be found, or that does not give one finite number for each continuation."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during long work, with what was done by then; the model is as it was.
+
+    Attributes:
+        found: the same as the work would have returned, as far as it got.
+    """
+
+    def __init__(self, found: Any) -> None:
+        super().__init__("interrupted; what was done by then is in .found")
+        self.found = found

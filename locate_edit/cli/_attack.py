@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from circuits.atomic import check_folder
+from circuits.atomic import atomic_folder, check_folder
 from locate_edit import catalog
 from locate_edit.cli import _compare
 from locate_edit.errors import LocateEditError
-from locate_edit.reports.robustness import Robustness
+from locate_edit.reports.robustness import Robustness, every_attack
 
 
 def build(names: Sequence[str] | None, settings: Mapping[str, str]) -> list[Any]:
@@ -27,10 +27,16 @@ def build(names: Sequence[str] | None, settings: Mapping[str, str]) -> list[Any]
     """
     chosen = list(names) if names else [entry.name for entry in catalog.entries("attack")]
     own = _compare.by_name(settings, chosen, "an attack of this run")
+    if not names:
+        return every_attack(own)
     found = [catalog.build("attack", name, own.get(name, {})) for name in chosen]
     if twice := [name for name in chosen if chosen.count(name) > 1]:
         raise LocateEditError(f"--attack {twice[0]} is given twice: give each once")
     return found
+
+
+FILES = ("robustness.json", "robustness.md", "robustness.png")
+"""What the command writes."""
 
 
 def check_out(out: Path) -> None:
@@ -39,7 +45,14 @@ def check_out(out: Path) -> None:
     Raises:
         StorageError: it does, or it is a file.
     """
-    check_folder(out, like="robustness.json")
+    check_folder(out, like="robustness.json", ours=FILES)
+
+
+def save(found: Robustness, out: Path) -> list[Path]:
+    """Write everything in the place of what an earlier run wrote, and say where it is."""
+    with atomic_folder(out, like="robustness.json", ours=FILES) as place:
+        names = [path.name for path in found.save(place)]
+    return [out / name for name in names]
 
 
 def shown(found: Robustness) -> tuple[list[str], list[list[str]]]:
@@ -50,8 +63,8 @@ def shown(found: Robustness) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         if found[row[0]].withheld:
             continue
-        numbers = [cell.partition(" (")[0] for cell in row[2:7]]
-        short.append(["" if row[0] == before else row[0], row[1], *numbers, row[7]])
+        numbers = [cell.partition(" (")[0] for cell in row[2:-1]]
+        short.append(["" if row[0] == before else row[0], row[1], *numbers, row[-1]])
         before = row[0]
     kept = [at for at in range(len(header)) if any(row[at] for row in short)]
     return [header[at] for at in kept], [[row[at] for at in kept] for row in short]

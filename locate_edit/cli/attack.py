@@ -26,13 +26,14 @@ from locate_edit.cli.options import (
     Seed,
     option,
 )
-from locate_edit.cli.program import command
+from locate_edit.cli.program import command, interrupted
 from locate_edit.cli.reading import how_many_random, name_values, read_edit, read_prompts
 from locate_edit.cli.saying import (
     print_json,
     terminal,
     wants_progress,
 )
+from locate_edit.errors import Interrupted
 
 
 @command(
@@ -106,11 +107,16 @@ def attack(
         None if text is None else load(text, dtype=dtype, device=device)[0]
         for text in (original, oracle)
     )
-    found = robustness(
-        target, chosen, gone, kept, original=before, oracle=never_knew, random=masks, controls=controls,
-        margin=margin, steps=steps, seconds=seconds, batch_size=batch_size, seed=seed, progress=wants_progress(as_json),
-    )  # fmt: skip
-    written = found.save(out)
+    try:
+        found = robustness(
+            target, chosen, gone, kept, original=before, oracle=never_knew, random=masks, controls=controls,
+            margin=margin, steps=steps, seconds=seconds, batch_size=batch_size, seed=seed,
+            progress=wants_progress(as_json),
+        )  # fmt: skip
+    except Interrupted as stopped:
+        _attack.save(stopped.found, out)
+        interrupted(f"What the attacks found by then is in {out}.")
+    written = _attack.save(found, out)
     if as_json:
         print_json(_attack.as_json(found, written))
         return

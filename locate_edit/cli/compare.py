@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,13 +22,12 @@ from locate_edit.cli.options import (
     Seed,
     option,
 )
-from locate_edit.cli.program import INTERRUPTED, command
+from locate_edit.cli.program import command, interrupted
 from locate_edit.cli.reading import (
     name_values,
     read_prompts,
 )
 from locate_edit.cli.saying import (
-    error_terminal,
     print_json,
     terminal,
     wants_progress,
@@ -142,13 +140,9 @@ def compare(
     except KeyboardInterrupt:
         new = len(set(cells.glob("cell-*.json")) - kept)
         total = (len(where) + 1) * len(how) * len(budgets) * seeds
-        error_terminal().print(
-            f"\n[bold]Interrupted.[/bold] {new} cells of {total} were done now and are kept in {escape(str(cells))}. "
-            "The same command goes on from there.",
-            highlight=False,
-            soft_wrap=True,
+        interrupted(
+            f"{new} cells of {total} were done now and are kept in {cells}. The same command goes on from there."
         )
-        raise typer.Exit(INTERRUPTED) from None
     written = _compare.write(found, out, next(iter(further), "retain"))
     if as_json:
         print_json({**found.to_json(), "random": RANDOM, "written": written})

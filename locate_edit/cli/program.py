@@ -72,14 +72,25 @@ def _interrupt(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def interrupted(kept: str) -> NoReturn:
+    """End the command after an interruption, saying what was kept.
+
+    Raises:
+        Exit: always.
+    """
+    error_terminal().print(
+        f"\n[bold]Interrupted.[/bold] {escape(kept)}", highlight=False, soft_wrap=True
+    )
+    raise typer.Exit(INTERRUPTED) from None
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     """Turn expected failures into one message on standard error and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
-        error_terminal().print("\n[bold]Interrupted.[/bold] Nothing half-written was left behind.")
-        raise typer.Exit(INTERRUPTED) from None
+        interrupted("Nothing half-written was left behind.")
     except (LocateEditError, OSError) as error:
         error_terminal().print(
             f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True

@@ -81,6 +81,8 @@ def read_edit(
     from locate_edit.editing import Edit
 
     made = Edit.load(folder).apply(model)
+    if made.mask is None:
+        return made, "the edit has no mask, so there is nothing to draw at random"
     try:
         if forget is None:
             raise EditError(

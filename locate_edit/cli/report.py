@@ -25,9 +25,10 @@ from locate_edit.cli.options import (
     Seed,
     option,
 )
-from locate_edit.cli.program import command
+from locate_edit.cli.program import command, interrupted
 from locate_edit.cli.reading import how_many_random, name_values, read_edit, read_prompts
 from locate_edit.cli.saying import print_json, terminal, wants_progress
+from locate_edit.errors import Interrupted
 
 
 @command(
@@ -85,16 +86,22 @@ def report(
         None if text is None else load(text, dtype=dtype, device=device)[0]
         for text in (oracle, other_oracle)
     ]
-    found = examine(
-        made, metrics, forget=gone, retain=kept,
-        others={name: read_prompts(Path(file), model_map, tokenizer) for name, file in further.items()},
-        oracle=oracles[0], other_oracle=oracles[1], attacks=chosen, random=masks, seconds=seconds,
-        steps=steps, batch_size=batch_size, seed=seed, progress=wants_progress(as_json),
-    )  # fmt: skip
+    stop = False
+    try:
+        found = examine(
+            made, metrics, forget=gone, retain=kept,
+            others={name: read_prompts(Path(file), model_map, tokenizer) for name, file in further.items()},
+            oracle=oracles[0], other_oracle=oracles[1], attacks=chosen, random=masks, seconds=seconds,
+            steps=steps, batch_size=batch_size, seed=seed, progress=wants_progress(as_json),
+        )  # fmt: skip
+    except Interrupted as stopped:
+        found, stop = stopped.found, True
     if reason:
         found = found.noted(f"No random control: {reason}")
     with atomic_folder(out, like="report.json", ours=FILES) as place:
         found.save(place)
+    if stop:
+        interrupted(f"What was found by then is in {out / 'report.html'}.")
     if as_json:
         print_json(found.to_json())
         return

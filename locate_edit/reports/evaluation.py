@@ -6,6 +6,7 @@ that never learned the forget set. Rows: every metric on every prompt set. The m
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -25,11 +26,14 @@ from circuits import ComponentMask, describe
 from circuits.errors import UnknownFamily
 from locate_edit import catalog
 from locate_edit.errors import EditError, PromptError
+from locate_edit.metrics.counterfact import locality
+from locate_edit.metrics.divergence import kl_divergence
 from locate_edit.metrics.generation import generate
 from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.memorization import exact_memorization
 from locate_edit.metrics.oracle_distance import from_divergences, item_means
 from locate_edit.metrics.perplexity import perplexity
+from locate_edit.metrics.perplexity_shift import perplexity_rose
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.statistic import Statistic
 from locate_edit.metrics.values import Floats, Values, average_over_runs
@@ -38,7 +42,7 @@ from locate_edit.prompts import PromptSet
 from locate_edit.reports.controls import Control, Editable, opened, wanted
 from locate_edit.reports.report import Cell, Example, Line, Report
 from locate_edit.reports.side_effects import SHOWN_TOKENS, shown_text, side_effects
-from locate_edit.reports.states import COLUMNS, TITLES
+from locate_edit.reports.states import COLUMNS, TITLES, check_oracle
 
 __all__ = ["Editable", "Metric", "evaluate"]
 
@@ -74,7 +78,8 @@ def evaluate(
         retain: prompts to keep; None takes those of the edit.
         others: more prompt sets by name (other secrets, facts, general text).
         oracle: a model retrained without the forget set; it adds the oracle column and, on every set, the oracle
-            distance.
+            distance. Metrics that compare with a reference compare with it, but for those whose reference is the model
+            before the edit (`FROM_BASE`): these take a copy of that, and a forward pass of either model more.
         other_oracle: the same with another seed: the unit of the oracle distance.
         random: the random control: True or a number of random masks of the edit's size and kind, on which the edit
             is made again; masks; edits or models made elsewhere; False for none. None makes one random mask where the
@@ -89,18 +94,24 @@ def evaluate(
 
     Raises:
         PromptError: no prompt set, two sets of one name, or prompts that do not fit the model.
-        EditError: the edit is not applied, or a random control was asked for that cannot be made.
+        EditError: the edit is not applied, a random control was asked for that cannot be made, an oracle that is the
+            model itself or has another vocabulary, or a second oracle without the first.
         CatalogError: a metric name that does not exist.
     """
     sets = _sets(target, forget, retain, others or {})
     chosen, whole = _functions(metrics)
     editable = None if isinstance(target, nn.Module) else target
+    model = _applied_model(target)
+    if other_oracle is not None and oracle is None:
+        raise EditError("other_oracle is the second of two oracles: give the first as oracle=")
+    for each in (oracle, other_oracle):
+        if each is not None:
+            check_oracle(each, model)
     run = _Run(
         sets, chosen, whole, oracle, other_oracle, batch_size=batch_size, n_examples=examples, seed=seed,
-        ranked=editable is not None,
+        ranked=editable is not None, base=_base(editable, chosen),
     )  # fmt: skip
     states: dict[str, _State] = {}
-    model = _applied_model(target)
     controls, reason = ([], "") if editable is None else wanted(editable, random, seed)
     with _bar(progress, 1 + (editable is not None) + len(controls) + (oracle is not None)) as step:
         if editable is None:
@@ -136,12 +147,66 @@ def evaluate(
             "transformers": transformers.__version__,
         },
         examples=run.examples(states),
-        notes=(f"no random control: {reason}",) if reason else (),
+        notes=(
+            *([f"no random control: {reason}"] if reason else []),
+            *_about_oracle(states),
+        ),
         undo=() if editable is None else tuple(undo) or _undo(editable),
         side_effects=None
         if editable is None
         else side_effects({c: state.likelihoods for c, state in states.items()}, sets),
     )
+
+
+FROM_BASE = (kl_divergence, perplexity_rose, locality)
+"""What these metrics measure a distance from is the model before the edit; of the others it is the oracle."""
+
+
+def _measures_from_base(metric: Callable[..., Values]) -> bool:
+    return (metric.func if isinstance(metric, functools.partial) else metric) in FROM_BASE
+
+
+def _base(
+    target: Editable | None, metrics: Mapping[str, Callable[..., Values]]
+) -> nn.Module | None:
+    """A copy of the model before the edit, where a metric measures from it."""
+    if target is None or not any(_measures_from_base(metric) for metric in metrics.values()):
+        return None
+    with target.off() as model:
+        base: nn.Module = copy.deepcopy(model)
+    return base
+
+
+def _about_oracle(states: Mapping[str, _State]) -> Iterator[str]:
+    """What makes an oracle look like none."""
+    if "oracle" not in states or "before" not in states:
+        return
+    key, kept = ("forget", "likelihood"), ("retain", "likelihood")
+    now, was = (states[column].values for column in ("oracle", "before"))
+    if _share(now, was, key) > KNOWS:
+        yield (
+            "the oracle knows the forget prompts nearly as well as the model before the edit: a model trained without "
+            "them was expected"
+        )
+    if _share(now, was, kept) < IGNORANT:
+        yield (
+            "the oracle hardly knows the retain prompts: a model trained like the edited one, without the forget "
+            "prompts, was expected"
+        )
+
+
+KNOWS, IGNORANT = 0.9, 0.5
+"""An oracle is doubted above this share of the forget likelihood before the edit, and below that of retain."""
+
+
+def _share(
+    now: Mapping[tuple[str, str], Values],
+    was: Mapping[tuple[str, str], Values],
+    key: tuple[str, str],
+) -> float:
+    """One estimate as a share of another; not a number where there is none."""
+    pair = [values[key].estimate if key in values else None for values in (now, was)]
+    return math.nan if pair[0] is None or not pair[1] else pair[0] / pair[1]
 
 
 _UNDO = (
@@ -182,6 +247,7 @@ class _Run:
     n_examples: int
     seed: int
     ranked: bool
+    base: nn.Module | None = None
     noise: dict[str, Floats] = field(default_factory=dict)
 
     def measure(self, model: nn.Module) -> _State:
@@ -194,8 +260,15 @@ class _Run:
             )
             if self.oracle is not None:
                 self._distances(predictions, name, state)
+            from_base = predictions
+            if self.base is not None:
+                from_base = Predictions(
+                    model, prompts, batch_size=self.batch_size, reference=self.base
+                )
             for label, metric in self.metrics.items():
-                state.values[name, label] = metric(predictions)
+                state.values[name, label] = metric(
+                    from_base if _measures_from_base(metric) else predictions
+                )
             for metric in {m for w in self.whole.values() for on, m in w.needs if on == name}:
                 state.needed[name, key_of(metric)] = metric(predictions)
             if self.ranked and name != "forget":

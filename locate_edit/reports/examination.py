@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from torch import nn
 from circuits.atomic import atomic_file
 from locate_edit.attacked import Attack
 from locate_edit.editing import Edit
-from locate_edit.errors import EditError, LocateEditError
+from locate_edit.errors import EditError, Interrupted, LocateEditError
 from locate_edit.prompts import PromptSet
 from locate_edit.reports.controls import Control, made, wanted
 from locate_edit.reports.evaluation import Metric, evaluate
@@ -86,7 +87,8 @@ class Examination:
 
     def to_html(self) -> str:
         """One self-contained page, no script and nothing to download."""
-        return self._page(self._images())
+        images, noted = self._drawn()
+        return noted._page(images)
 
     def to_markdown(self) -> str:
         """The answers, then the report and the table of attacks."""
@@ -99,18 +101,26 @@ class Examination:
 
     def figures(self) -> dict[str, Figure]:
         """The figures by file name, in the order of the page; those of the edit itself are `pictures`."""
+        return {name: figure for _, draw in self._figures() for name, figure in draw().items()}
+
+    def _figures(self) -> Iterator[tuple[str, Callable[[], dict[str, Figure]]]]:
+        """What there is to draw, and how."""
         from locate_edit.draw.layers import carried_map, lens_map
         from locate_edit.draw.robustness import attack_curves, attack_dots
 
-        found = self.report.figures()
+        def one(name: str, draw: Callable[[Any], Any], of: Any) -> Callable[[], dict[str, Figure]]:
+            return lambda: {name: _figure_of(draw(of))}
+
+        yield "the numbers", self.report.figures
         if self.robustness is not None and self.robustness.models:
-            found["attacks"] = _figure_of(attack_dots(self.robustness))
+            yield "the attacks", one("attacks", attack_dots, self.robustness)
             for trial in self.robustness.trials:
                 if trial.name.startswith("Relearning") and trial.found:
-                    found[trial.name.lower()] = _figure_of(attack_curves(trial))
+                    name = re.sub(r"[^a-z0-9]+", "-", trial.name.lower()).strip("-")
+                    yield trial.title, one(name, attack_curves, trial)
         if self.layers is not None:
-            found |= {"carried": carried_map(self.layers), "lens": lens_map(self.layers)}
-        return found
+            yield "what layers carry", one("carried", carried_map, self.layers)
+            yield "what the lens reads", one("lens", lens_map, self.layers)
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.html`, `report.md`, `report.json`, `robustness.json`, `layers.json` and the figures.
@@ -121,7 +131,7 @@ class Examination:
         Returns:
             The folder.
         """
-        images = self._images()
+        images, noted = self._drawn()
         files = {f"{name}.png": image for name, image in images.items()}
         data = {"report": self.report, "robustness": self.robustness, "layers": self.layers}
         for name, part in data.items():
@@ -129,8 +139,8 @@ class Examination:
                 said = plain(part.to_json())
                 text = json.dumps(said, indent=1, ensure_ascii=False, allow_nan=False)
                 files[f"{name}.json"] = f"{text}\n".encode()
-        files["report.md"] = self.to_markdown().encode()
-        files["report.html"] = self._page(images).encode()
+        files["report.md"] = noted.to_markdown().encode()
+        files["report.html"] = noted._page(images).encode()
         for name, content in files.items():
             with atomic_file(Path(folder) / name) as path:
                 path.write_bytes(content)
@@ -141,8 +151,15 @@ class Examination:
 
         return whole_page(self, images)
 
-    def _images(self) -> dict[str, bytes]:
-        return {name: _png(figure) for name, figure in self.figures().items()} | dict(self.pictures)
+    def _drawn(self) -> tuple[dict[str, bytes], Examination]:
+        """The figures as PNG by name, and the examination with a note of each that could not be drawn."""
+        found, images = self, dict[str, bytes]()
+        for what, draw in self._figures():
+            try:
+                images |= {name: _png(figure) for name, figure in draw().items()}
+            except Exception as problem:  # a figure must not cost the numbers
+                found = found.noted(f"Not drawn: {what}. {type(problem).__name__}: {problem}")
+        return images | dict(self.pictures), found
 
     def __repr__(self) -> str:
         parts = [f"{len(self.report.lines)} metrics"]
@@ -206,6 +223,7 @@ def examine(
     Raises:
         EditError: the edit is not applied, or a random control was asked for that cannot be made.
         PromptError: no forget or retain prompts, or prompts a model cannot read.
+        Interrupted: Ctrl-C after the numbers were measured, with what was done by then as its `found`.
     """
     given: Any = edit
     if not isinstance(given, Edit) or edit.model is None:
@@ -223,30 +241,46 @@ def examine(
         progress=progress,
     )  # fmt: skip
     notes = [f"No random control: {reason}."] if reason else []
-    found = None
+    attacked = None
     if attacks is None or len(attacks):
-        found = robustness(
-            edit, attacks, forget, retain, oracle=oracle, random=same, seconds=seconds, steps=steps,
-            batch_size=batch_size, seed=seed, progress=progress,
-        )  # fmt: skip
+        try:
+            attacked = robustness(
+                edit, attacks, forget, retain, oracle=oracle, random=same, seconds=seconds, steps=steps,
+                batch_size=batch_size, seed=seed, progress=progress,
+            )  # fmt: skip
+        except Interrupted as stopped:
+            notes.append("Interrupted during the attacks: layers and weights were not looked at.")
+            so_far = Examination(report, stopped.found, notes=tuple(notes))
+            raise Interrupted(so_far) from stopped
 
-    def look() -> Layers:
+    def look(oracle: nn.Module | None) -> Layers:
         return layers(
             edit, forget=forget, retain=retain, oracle=oracle, random=same, batch_size=batch_size, seed=seed
         )  # fmt: skip
 
-    seen = _tried(look, "which layers still carry the answers", notes)
-    picture = _tried(lambda: _moved(edit), "where the weights moved", notes)
+    try:
+        seen = _tried(lambda: look(oracle), "which layers still carry the answers", notes)
+        if seen is None and oracle is not None:
+            notes[-1] += " Looked at without the oracle."
+            seen = _tried(lambda: look(None), "which layers still carry the answers", notes)
+        picture = _tried(lambda: _moved(edit), "where the weights moved", notes)
+    except KeyboardInterrupt as interrupt:
+        notes.append("Interrupted: layers and weights were not looked at.")
+        raise Interrupted(Examination(report, attacked, notes=tuple(notes))) from interrupt
     pictures = {} if picture is None else {"weight_change": picture}
-    return Examination(report, found, seen, pictures, tuple(notes))
+    return Examination(report, attacked, seen, pictures, tuple(notes))
 
 
 def _tried(part: Callable[[], Any], what: str, notes: list[str]) -> Any:
-    """A part of the examination; where this edit or model does not allow it, None and a note of why."""
+    """A part of the examination; where this edit, model or machine does not allow it, None and a note of why.
+
+    Whatever it is that went wrong: it must not cost the numbers that took an hour.
+    """
     try:
         return part()
-    except LocateEditError as problem:
-        notes.append(f"Not told: {what}. {problem}")
+    except Exception as problem:
+        kind = "" if isinstance(problem, LocateEditError) else f"{type(problem).__name__}: "
+        notes.append(f"Not told: {what}. {kind}{problem}")
         return None
 
 

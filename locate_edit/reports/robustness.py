@@ -16,30 +16,45 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from torch import nn
 
 from circuits.atomic import atomic_file
 from locate_edit import catalog
-from locate_edit.attacked import Attack, Attacked
+from locate_edit.attacked import Attack, Attacked, Point
 from locate_edit.editing import Edit
-from locate_edit.errors import EditError, PromptError
+from locate_edit.errors import EditError, Interrupted, PromptError
 from locate_edit.metrics.values import Values, average_over_runs, difference
 from locate_edit.prompts import PromptSet
 from locate_edit.reports.controls import Control
 from locate_edit.reports.states import COLUMNS, TITLES, Opened, states
 
-__all__ = ["Robustness", "Trial", "robustness"]
+__all__ = ["Robustness", "Trial", "every_attack", "robustness"]
 
 BROKEN = 0.5
 """An attack breaks a model where less than this share of the retain measure is left under it."""
 STILL = 0.9
 """Above this share of the measure before the edit, answers count as given rather than hidden."""
+LEAST = 0.01
+"""A smaller difference of the measure is none, however sure it is."""
+RECOVERED = 0.5
+"""An attack in steps has recovered answers where this share of the measure before the edit is back."""
 SPENT = "not run: the time was spent"
+STOPPED = "not run: interrupted"
+
+OTHER_FORMS = (("quantisation", {"bits": "8"}), ("relearning", {"on": "unrelated"}))
+"""Attacks that are made in a second form where every attack is asked for: names, and what differs."""
 
 Outcome = Literal[
-    "brings answers back", "nothing beyond", "breaks the model", "too few prompts", "withheld"
+    "brings answers back",
+    "rises",
+    "stays above the oracle",
+    "nothing shown",
+    "breaks the model",
+    "too few prompts",
+    "withheld",
 ]
 
 
@@ -74,13 +89,20 @@ class Trial:
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower()
         return f"{words} ({settings}" if settings else words
 
+    def reason(self, model: str = "after") -> str:
+        """Why there is no number of a model; empty where there is one."""
+        if self.withheld or model not in self.found:
+            return self.withheld or self.failed.get(model, "")
+        found = self.found[model]
+        return found.forget.withheld or found.forget_clean.withheld
+
     def beyond(self, model: str = "after") -> tuple[float, float, float] | None:
         """How much more a model gives away under the attack than the oracle does, with its 95% interval.
 
         Prompts are drawn for both together. None without an oracle, or where there are fewer than two shared prompts.
         """
-        mine, other = self.found.get(model), self.found.get("oracle")
-        if mine is None or other is None or list(mine.forget.items) != list(other.forget.items):
+        mine, other = self._beside_oracle(model)
+        if mine is None or other is None:
             return None
         return difference(mine.forget, other.forget)
 
@@ -94,21 +116,64 @@ class Trial:
             return None
         return difference(found.forget, found.forget_clean)
 
+    def gain_beyond(self, model: str = "after") -> tuple[float, float, float] | None:
+        """How much more the attack adds to a model than to the oracle, with its 95% interval.
+
+        What an attack makes up by itself it makes up in the oracle too. None where `beyond` is.
+        """
+        mine, other = self._beside_oracle(model)
+        if mine is None or other is None:
+            return None
+        return difference(_added(mine), _added(other))
+
+    def _beside_oracle(self, model: str) -> tuple[Attacked | None, Attacked | None]:
+        """What was found in a model and in the oracle, where both have the same prompts."""
+        mine, other = self.found.get(model), self.found.get("oracle")
+        if mine is None or other is None:
+            return None, None
+        items = list(mine.forget.items)
+        parts = (mine.forget_clean, other.forget, other.forget_clean)
+        same = bool(items) and all(list(part.items) == items for part in parts)
+        return (mine, other) if same else (None, None)
+
     def outcome(self, model: str = "after") -> Outcome:
         """What the attack shows about a model, in two or three words.
 
-        It "brings answers back" where their measure rises beyond what it is without the attack and, if there is an
-        oracle, beyond what the same attack gets from that (the 95% intervals of both differences lie above 0). It
-        "breaks the model" where retain is lost and nothing came back. "nothing beyond": none of these.
+        "brings answers back": it adds to what the model gives away, it adds more than to the oracle, and the oracle
+        ends below (all three differences are at least `LEAST`, with 95% intervals above 0). Without an oracle's number none of this can
+        be told, and the measure only "rises". "stays above the oracle": the model ends above the oracle, but by what it
+        gives away without the attack: not forgotten rather than hidden. It "breaks the model" where retain is lost and
+        nothing came back. "nothing shown": none of these, at this number of prompts.
         """
-        if self.withheld or model not in self.found:
+        if self.reason(model) or model not in self.found:
             return "withheld"
-        gain, beyond = self.gain(model), self.beyond(model)
+        gain = self.gain(model)
         if gain is None:
             return "too few prompts"
-        if gain[1] > 0 and ("oracle" not in self.found or (beyond is not None and beyond[1] > 0)):
-            return "brings answers back"
-        return "breaks the model" if self.breaks(model) else "nothing beyond"
+        beyond, more = self.beyond(model), self.gain_beyond(model)
+        if _above(gain):
+            if beyond is None or more is None:
+                return "rises"
+            if _above(beyond) and _above(more):
+                return "brings answers back"
+        if self.breaks(model):
+            return "breaks the model"
+        return "stays above the oracle" if beyond is not None and beyond[1] > 0 else "nothing shown"
+
+    def recovered(self, model: str = "after") -> float | None:
+        """After how many steps half of what the model gave before the edit is back; None for never.
+
+        The least of the strengths on the curve; None too where the attack has no steps or the model before has no
+        number.
+        """
+        found, before = self.found.get(model), self.found.get("before")
+        if found is None or before is None or found.strength != "steps":
+            return None
+        was = before.forget_clean.estimate
+        if was is None:
+            return None
+        reached = (point.strength for point in found.curve if point.forget >= RECOVERED * was)
+        return next(reached, None)
 
     def open(self, model: str = "after") -> bool:
         """Whether a model gives the answers nearly as before the edit without any attack, so that none are hidden."""
@@ -159,37 +224,45 @@ class Robustness:
 
     def in_words(self) -> str:
         """Whether what was forgotten is gone or only hidden, as far as the attacks can tell."""
-        tried = [trial for trial in self.trials if "after" in trial.found]
-        if not tried:
-            return "No attack could be tried; the table says why."
-        found: dict[Outcome, list[str]] = {}
-        for trial in tried:
-            found.setdefault(trial.outcome(), []).append(trial.title)
+        found: dict[Outcome, list[Trial]] = {}
+        for trial in self.trials:
+            found.setdefault(trial.outcome(), []).append(trial)
+        missing = found.pop("withheld", [])
+        if not found:
+            return "No attack could be tried. " + _because(missing)
         than = " than from a model that never knew" if "oracle" in self.models else ""
-        said = [f"Of {len(self.trials)} attacks {len(tried)} could be tried."]
+        tried = len(self.trials) - len(missing)
+        said = [f"Of {len(self.trials)} attacks {tried} could be tried."]
         if back := found.get("brings answers back"):
             said.append(
                 f"{_listed(back, 'brings', 'bring')} back more{than}: there the answers are hidden rather than gone."
             )
-            if not than:
-                said.append(
-                    "Without an oracle it cannot be told how much a model that never knew would guess under them."
-                )
-        elif all(trial.open() for trial in tried):
+        if rises := found.get("rises"):
+            said.append(
+                f"{_listed(rises, 'brings', 'bring')} up more than the model says by itself; without an oracle it "
+                "cannot be told whether that was hidden or is guessed, as a model that never knew would."
+            )
+        if above := found.get("stays above the oracle"):
+            said.append(
+                f"Under {_and(above)} the model still gives more than one that never knew, but not because of the "
+                "attack: not forgotten rather than hidden."
+            )
+        if few := found.get("too few prompts"):
+            said.append(
+                f"With a single prompt no interval can be told: {', '.join(map(_moved, few))}."
+            )
+        if not (back or rises or few):
+            open_ = all(trial.open() for each in found.values() for trial in each)
             said.append(
                 "None brings back more, but there is little to bring back: the edited model gives the answers without "
                 "an attack."
-            )
-        else:
-            said.append(
-                f"None brings back more{than}; what another attack would find, nobody knows."
+                if open_
+                else f"None is shown to bring back more{than}; what another attack would find, nobody knows."
             )
         if broke := found.get("breaks the model"):
             said.append(f"{_listed(broke, 'breaks', 'break')} the model, which says nothing.")
-        if missing := [trial.title for trial in self.trials if trial not in tried]:
-            said.append(
-                f"{_listed(missing, 'has', 'have')} no number, for the reason that the table gives."
-            )
+        if missing:
+            said.append(_because(missing))
         return " ".join(said)
 
     def table(self) -> list[list[str]]:
@@ -198,25 +271,30 @@ class Robustness:
         Behind an attacked forget measure stands its 95% bootstrap interval over prompts.
         """
         rows = [
-            ["attack", "model", "forget", "attacked", "retain", "attacked", "beyond oracle", "note"]
-        ]
+            [
+                "attack", "model", "n", "forget", "attacked", "retain", "attacked", "beyond oracle", "gained beyond",
+                "note",
+            ]
+        ]  # fmt: skip
         for trial in self.trials:
             if trial.withheld:
-                rows.append([trial.name, "", *["-"] * 5, f"withheld: {trial.withheld}"])
+                rows.append([trial.name, "", *["-"] * 7, f"withheld: {trial.withheld}"])
                 continue
             if trial.control is not None:
-                rows.append(
-                    [trial.name, "control", *_said(trial.control), "", "hides and is found"]
-                )
+                control = _said(trial.control)
+                rows.append([trial.name, "control", *control, "", "", "hides and is found"])
             for model in COLUMNS:
                 if model in trial.found:
-                    beyond = "" if model == "oracle" else _with_interval(trial.beyond(model))
-                    note = _note(trial, model)
-                    rows.append(
-                        [trial.name, TITLES[model], *_said(trial.found[model]), beyond, note]
-                    )
+                    beyond = ["", ""]
+                    if model != "oracle":
+                        beyond = [
+                            _with_interval(each(model))
+                            for each in (trial.beyond, trial.gain_beyond)
+                        ]
+                    said, note = _said(trial.found[model]), _note(trial, model)
+                    rows.append([trial.name, TITLES[model], *said, *beyond, note])
                 elif model in trial.failed:
-                    rows.append([trial.name, TITLES[model], *["-"] * 5, trial.failed[model]])
+                    rows.append([trial.name, TITLES[model], *["-"] * 7, trial.failed[model]])
         return rows
 
     def markdown(self) -> str:
@@ -279,7 +357,8 @@ def robustness(
 
     Args:
         target: an applied edit, or the edited model.
-        attacks: objects like ``Relearning(steps=20)``; None takes every attack of the catalogue as it is.
+        attacks: objects like ``Relearning(steps=20)``; None takes every attack of the catalogue as it is, and besides
+            rounding to 8 bits and relearning from unrelated prompts.
         forget: what was to be forgotten; None takes the prompts of the edit.
         retain: what the model should know anyway; None takes the prompts of the edit.
         original: the model before the edit, where ``target`` is no edit.
@@ -288,22 +367,27 @@ def robustness(
         random: the random control, of which the mean is reported: on how many random masks of the edit's size and kind
             it is made again; masks; edits or models made elsewhere.
         margin: how much of the measure (such as a likelihood) an attack must bring back in its control.
-        seconds: no attack is begun after this time (s); None for no limit.
+        seconds: no attack is begun after this time (s), of which the random masks' edits are a part; None for no limit.
         steps: no attack takes more optimizer steps than this; None for their own.
         batch_size: rows a forward pass.
         seed: of the attacks and the random masks.
         progress: show a progress bar on standard error.
 
     Raises:
-        EditError: the edit is not applied, there is no original model for the controls, no attack, two that print
-            alike, random masks for an edit that cannot be made again, or a model as its own oracle.
+        EditError: the edit is not applied, there is no original model for the controls, no attack, two of the same
+            settings, random masks for an edit that cannot be made again, a model as its own oracle, or an oracle of
+            another vocabulary.
         PromptError: no prompts, or prompts a model cannot read.
+        Interrupted: Ctrl-C, with the attacks that were done by then as its `found`.
     """
-    named = _named(_all() if attacks is None else attacks)
+    named = _named(every_attack() if attacks is None else attacks)
     named = {name: _capped(attack, steps) for name, attack in named.items()}
     forget, retain = _prompts(target, forget, retain)
     if not margin > 0:
         raise EditError(f"margin must be positive, got {margin}")
+    if seconds is not None and not seconds > 0:
+        raise EditError(f"seconds must be positive, or None for no limit, got {seconds}")
+    started = time.perf_counter()
     opened = states(target, original=original, oracle=oracle, random=random, seed=seed)
     if controls and "before" not in opened:
         raise EditError(
@@ -311,27 +395,35 @@ def robustness(
             "controls=False and read every number as that of an untried tool"
         )
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
-    started = time.perf_counter()
-    trials = []
-    with _bar(progress, len(named)) as advance:
-        for name, attack in named.items():
-            if seconds is not None and time.perf_counter() - started > seconds:
-                why = f"{SPENT} ({seconds:g} s)"
-                trials.append(Trial(name, repr(attack), withheld=why, does=_does(attack)))
-            else:
-                trials.append(
-                    _trial(
-                        name, attack, opened, forget, retain,
-                        margin=margin if controls else None, options=options,
-                    )
-                )  # fmt: skip
-            advance(name)
     settings = {
         "seed": seed, "batch_size": batch_size, "margin": margin, "controls": controls, "steps": steps,
         "seconds": seconds, "random_masks": len(opened.get("random", ())),
         "forget": {"prompts": len(forget), "digest": forget.digest},
         "retain": {"prompts": len(retain), "digest": retain.digest},
     }  # fmt: skip
+    trials: list[Trial] = []
+
+    def left_out(why: str) -> list[Trial]:
+        rest = list(named.items())[len(trials) :]
+        return [
+            Trial(name, repr(attack), withheld=why, does=_does(attack)) for name, attack in rest
+        ]
+
+    with _bar(progress, len(named)) as advance:
+        for name, attack in named.items():
+            if seconds is not None and time.perf_counter() - started > seconds:
+                trials += left_out(f"{SPENT} ({seconds:g} s)")
+                break
+            try:
+                trial = _trial(
+                    name, attack, opened, forget, retain,
+                    margin=margin if controls else None, options=options,
+                )  # fmt: skip
+            except KeyboardInterrupt as interrupt:
+                so_far = Robustness((*trials, *left_out(STOPPED)), settings)
+                raise Interrupted(so_far) from interrupt
+            trials.append(trial)
+            advance(name)
     return Robustness(tuple(trials), settings)
 
 
@@ -388,16 +480,29 @@ def _not_found(control: Attacked, margin: float) -> str:
     if hidden is None or under is None:
         reason = control.forget.withheld or control.forget_clean.withheld
         return f"the positive control has no number: {reason}"
-    if under < hidden + margin:
+    # What a search starts from (a random suffix, say) must not have found it already.
+    start = max([hidden, *(point.forget for point in control.curve if point.strength == 0)])
+    if under < start + margin:
+        begun = f" and {start:.2f} before the first step" if start > hidden else ""
         return (
-            f"it does not find its positive control, which gives away {hidden:.2f} by itself and {under:.2f} attacked, "
-            f"where {hidden + margin:.2f} is needed"
+            f"it does not find its positive control, which gives away {hidden:.2f} by itself{begun} and {under:.2f} "
+            f"attacked, where {start + margin:.2f} is needed"
         )
     return ""
 
 
+def _above(found: tuple[float, float, float]) -> bool:
+    """Whether a difference, given with its interval, is above 0."""
+    return found[0] >= LEAST and found[1] > 0
+
+
+def _added(found: Attacked) -> Values:
+    """What the attack adds to each forget prompt."""
+    return dataclasses.replace(found.forget, values=found.forget.values - found.forget_clean.values)
+
+
 def _pooled(runs: Sequence[Attacked]) -> Attacked:
-    """Several runs as one: prompt by prompt their mean; curve and notes only of a single run."""
+    """Several runs as one: prompt by prompt and point by point their mean; notes only of a single run."""
     first = runs[0]
     if len(runs) == 1:
         return first
@@ -411,34 +516,83 @@ def _pooled(runs: Sequence[Attacked]) -> Attacked:
         average_over_runs([run.forget_clean for run in runs]),
         mean([run.retain for run in runs]),
         mean([run.retain_clean for run in runs]),
-        notes={"runs": len(runs)},
+        _pooled_curve([run.curve for run in runs]),
+        first.strength,
+        {"runs": len(runs)},
     )
+
+
+def _pooled_curve(curves: Sequence[Sequence[Point]]) -> tuple[Point, ...]:
+    """The mean of several curves, at the strengths that all of them have."""
+    by_strength = [{point.strength: point for point in curve} for curve in curves]
+    found = []
+    for strength in by_strength[0]:
+        points = [each[strength] for each in by_strength if strength in each]
+        if len(points) == len(curves):
+            kept = [point.retain for point in points if point.retain is not None]
+            retain = fmean(kept) if len(kept) == len(points) else None
+            found.append(Point(strength, fmean(point.forget for point in points), retain))
+    return tuple(found)
 
 
 # ---- reading the arguments ---------------------------------------------------------------------------------------
 
 
-def _all() -> list[Attack]:
-    return [entry.load()() for entry in catalog.entries("attack")]
+def every_attack(settings: Mapping[str, Mapping[str, str]] | None = None) -> list[Attack]:
+    """Every attack of the catalogue, and two of them in their other common form too.
+
+    Args:
+        settings: hyperparameters as text, by the attack's name in the catalogue; the others are as usual.
+
+    Raises:
+        CatalogError: an unknown hyperparameter, or text that does not fit.
+    """
+    own = settings or {}
+    names = [entry.name for entry in catalog.entries("attack")]
+    found = [catalog.build("attack", name, dict(own.get(name, {}))) for name in names]
+    for name, form in OTHER_FORMS:
+        other = catalog.build("attack", name, {**own.get(name, {}), **form})
+        if other not in found:
+            found.append(other)
+    return found
 
 
 def _named(attacks: Sequence[Attack]) -> dict[str, Attack]:
-    """Attacks by type, or by how they print where several have one type."""
-    short = [type(attack).__name__ for attack in attacks]
-    names = [
-        repr(attack) if short.count(name) > 1 else name
-        for name, attack in zip(short, attacks, strict=True)
-    ]
-    if not names:
-        raise EditError("give at least one attack, or None for all there are")
+    """Attacks by type, with what differs from the usual settings where several have one type."""
     for attack in attacks:
         if isinstance(attack, type) or not isinstance(attack, Attack):
             raise EditError(
                 f"an attack is an object like Relearning(steps=20) with a call and hide(), got {attack!r}"
             )
+    short = [type(attack).__name__ for attack in attacks]
+    names = [
+        _with_settings(name, attack) if short.count(name) > 1 else name
+        for name, attack in zip(short, attacks, strict=True)
+    ]
+    if not names:
+        raise EditError("give at least one attack, or None for all there are")
     if twice := [name for name in names if names.count(name) > 1]:
         raise EditError(f"two attacks are called {twice[0]!r}: give each once")
     return dict(zip(names, attacks, strict=True))
+
+
+def _with_settings(name: str, attack: Any) -> str:
+    """An attack's name with what differs from its usual settings, such as "Quantisation(bits=8)"."""
+    if not dataclasses.is_dataclass(attack):
+        return repr(attack)
+    own = [
+        f"{field.name}={getattr(attack, field.name)!r}"
+        for field in dataclasses.fields(attack)
+        if repr(getattr(attack, field.name)) != repr(_usual(field))
+    ]
+    return f"{name}({', '.join(own)})" if own else name
+
+
+def _usual(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field; a value like no other where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _capped(attack: Any, steps: int | None) -> Attack:
@@ -475,17 +629,20 @@ _LEGEND = (
     "In brackets: 95% bootstrap interval over prompts.",
     "control: a model that knows the answers and hides them, which the attack must find. before, after: the edit. "
     "random mask: the same edit in other units. oracle: never knew.",
-    "beyond oracle: attacked forget measure minus the oracle's; what is left of the knowledge shows here and nowhere "
-    "else. Where retain falls, the attack breaks the model rather than finding nothing.",
+    "beyond oracle: attacked forget measure minus the oracle's, which is what is left of the knowledge, hidden or not. "
+    "gained beyond: how much more the attack adds than it adds to the oracle, which is what was hidden. An attack "
+    "brings answers back where both are above 0. n: forget prompts tested. Where retain falls, the attack breaks the "
+    "model rather than finding nothing.",
 )
 
 
 def _said(found: Attacked) -> list[str]:
-    """Four cells: forget and retain, clean and attacked."""
+    """Five cells: the number of prompts; forget and retain, clean and attacked."""
     estimate = found.forget.estimate
     interval = found.forget.interval()
     under = None if estimate is None or interval is None else (estimate, *interval)
     return [
+        str(len(found.forget)),
         _number(found.forget_clean),
         _with_interval(under) or _number(found.forget),
         _number(found.retain_clean),
@@ -495,15 +652,54 @@ def _said(found: Attacked) -> list[str]:
 
 def _note(trial: Trial, model: str) -> str:
     """What must be known beside the numbers of one model."""
-    back = model in ("after", "random") and trial.outcome(model) == "brings answers back"
-    said = ["brings answers back"] if back else []
-    return ", ".join([*said, "breaks the model"] if trial.breaks(model) else said)
+    outcome = trial.outcome(model)
+    if outcome == "withheld":
+        return f"withheld: {trial.reason(model)}"
+    said: list[str] = []
+    if model in ("after", "random") and outcome in _SAID:
+        said.append(outcome)
+    if trial.breaks(model):
+        said.append("breaks the model")
+    if (steps := trial.recovered(model)) is not None and steps > 0:
+        said.append(f"half is back after {steps:g} steps")
+    return ", ".join(said)
 
 
-def _listed(names: Sequence[str], one: str, several: str) -> str:
-    """The beginning of a sentence about one or several of them, with its verb."""
-    said = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    return f"{said[:1].upper()}{said[1:]} {one if len(names) == 1 else several}"
+_SAID = ("brings answers back", "rises", "stays above the oracle")
+
+
+def _moved(trial: Trial) -> str:
+    """Where an attack took the measure, for too few prompts to say more."""
+    found = trial.found["after"]
+    said = f"{trial.title} from {_short(found.forget_clean)} to {_short(found.forget)}"
+    oracle = trial.found.get("oracle")
+    return said if oracle is None else f"{said} (oracle {_short(oracle.forget)})"
+
+
+def _short(values: Values) -> str:
+    return "-" if values.estimate is None else f"{values.estimate:.2f}"
+
+
+def _because(trials: Sequence[Trial]) -> str:
+    """Which attacks have no number, and why."""
+    reasons: dict[str, list[Trial]] = {}
+    for trial in trials:
+        reasons.setdefault(trial.reason() or "no number of the edited model", []).append(trial)
+    return " ".join(
+        f"{_listed(each, 'has', 'have')} no number: {why.removesuffix('.')}."
+        for why, each in reasons.items()
+    )
+
+
+def _listed(trials: Sequence[Trial], one: str, several: str) -> str:
+    """The beginning of a sentence about one or several attacks, with its verb."""
+    said = _and(trials)
+    return f"{said[:1].upper()}{said[1:]} {one if len(trials) == 1 else several}"
+
+
+def _and(trials: Sequence[Trial]) -> str:
+    names = [trial.title for trial in trials]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _number(values: Values | None) -> str:
@@ -537,6 +733,8 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
             | {
                 "beyond oracle": trial.beyond(model),
                 "gain": trial.gain(model),
+                "gain beyond oracle": trial.gain_beyond(model),
+                "steps to recover": trial.recovered(model),
                 "broken": trial.breaks(model),
                 "outcome": trial.outcome(model),
             }

@@ -11,13 +11,14 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
+from circuits.forward import output_projection
 from locate_edit.editing import Edit
 from locate_edit.errors import EditError
 from locate_edit.reports.controls import Control, made, opened, wanted
 
-__all__ = ["COLUMNS", "TITLES", "Opened", "states"]
+__all__ = ["COLUMNS", "TITLES", "Opened", "check_oracle", "states"]
 
 COLUMNS = ("before", "after", "random", "oracle")
 """Every state a model is measured in, in the order of the tables."""
@@ -86,10 +87,34 @@ def states(
         if models:
             found["random"] = [partial(_as_it_is, each) for each in models]
     if oracle is not None:
-        if oracle in (model, original):
-            raise EditError("the oracle is one of the other models: load it apart, or leave it out")
+        check_oracle(oracle, model, original)
         found["oracle"] = [partial(_as_it_is, oracle)]
     return found
+
+
+def check_oracle(oracle: nn.Module, *others: nn.Module | None) -> None:
+    """Refuse an oracle that is one of the other models, or reads other tokens than they do.
+
+    Raises:
+        EditError: it does.
+    """
+    for other in others:
+        if oracle is other:
+            raise EditError("the oracle is one of the other models: load it apart, or leave it out")
+        if other is None:
+            continue
+        mine, theirs = (_vocabulary(each) for each in (oracle, other))
+        if mine != theirs:
+            raise EditError(
+                f"the oracle has another vocabulary: expected {theirs} tokens as in {type(other).__name__}, got "
+                f"{mine}. Give a model that reads the same tokens, or leave it out"
+            )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Number of tokens that the model gives logits of."""
+    weight: Tensor = output_projection(model).weight  # type: ignore[assignment]
+    return weight.shape[0]
 
 
 def _as_it_is(model: nn.Module) -> AbstractContextManager[nn.Module]:

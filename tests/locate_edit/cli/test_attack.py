@@ -89,7 +89,7 @@ def test_what_people_read(folder: Path, tmp_path: Path) -> None:
         folder, "gpt2", "--edit", folder / "edit", *QUICK, "--no-controls", out=tmp_path / "b"
     )
     lines = result.stdout.splitlines()
-    assert lines[0].split()[:3] == ["attack", "model", "forget"]
+    assert lines[0].split()[:4] == ["attack", "model", "n", "forget"]
     assert [line.split()[0] for line in lines[1:5]] == [
         "Quantisation", "after", "Pruning", "after",
     ]  # fmt: skip

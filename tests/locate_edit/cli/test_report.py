@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +109,57 @@ def test_evaluate_and_attack_make_the_edit_again(folder: Path, tmp_path: Path) -
     said = json.loads(attacked.stdout)
     assert said["settings"]["random_masks"] == 2
     assert "random" in said["trials"][0]["models"]
+
+
+def test_an_edit_without_a_mask_has_no_random_control_and_a_report_all_the_same(
+    folder: Path, tmp_path: Path
+) -> None:
+    invoke(
+        "edit", folder / "gpt2", "--method", "npo", "--steps", 2, "--lr", 0.01, "--forget",
+        folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--out", tmp_path / "whole", "--json",
+    )  # fmt: skip
+    arguments = list(files(folder))
+    arguments[2] = tmp_path / "whole"
+    said = invoke("report", *arguments, "--attack", "none", "--out", tmp_path / "report")
+    assert "No random control: the edit has no mask" in " ".join(said.stdout.split())
+    measured = json.loads(invoke("evaluate", *arguments, "--json").stdout)
+    assert "the edit has no mask" in measured["notes"][0]
+    refused = invoke("report", *arguments, "--random", 1, "--out", tmp_path / "no", code=1)
+    assert "--random 1: the edit has no mask" in refused.output
+
+
+def test_an_interruption_writes_what_was_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("locate_edit.reports.robustness._trial", stop)
+    out = tmp_path / "report"
+    said = invoke("report", *files(folder), *QUICK, "--out", out, code=130)
+    assert "Interrupted. What was found by then is in" in said.output
+    assert Report.from_json(json.loads((out / "report.json").read_text())).columns
+    assert "not run: interrupted" in (out / "report.html").read_text("utf-8")
+    attacks = tmp_path / "attacks"
+    said = invoke("attack", *files(folder), *QUICK, "--out", attacks, code=130)
+    assert "What the attacks found by then is in" in said.output
+    kept = json.loads((attacks / "robustness.json").read_text())
+    assert [trial["withheld"] for trial in kept["trials"]] == ["not run: interrupted"] * 2
+
+
+def test_attacks_do_not_overwrite_a_report_or_leave_an_old_figure(
+    folder: Path, tmp_path: Path
+) -> None:
+    report, attacks = tmp_path / "report", tmp_path / "attacks"
+    invoke("report", *files(folder), "--attack", "logit-lens", "--random", 0, "--out", report)
+    kept = (report / "robustness.json").read_bytes()
+    refused = invoke("attack", *files(folder), *QUICK, "--out", report, code=1)
+    assert "holds files that the new result lacks" in refused.output
+    assert (report / "robustness.json").read_bytes() == kept
+    invoke("attack", *files(folder), "--attack", "pruning", "--no-controls", "--out", attacks)
+    assert (attacks / "robustness.png").exists()
+    invoke("attack", *files(folder), "--attack", "pruning", "--margin", 2, "--out", attacks)
+    assert not (attacks / "robustness.png").exists()
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:

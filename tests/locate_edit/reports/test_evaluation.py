@@ -21,9 +21,11 @@ from locate_edit.methods.zero_neurons import ZeroNeurons
 from locate_edit.metrics import exposure as exposure_module
 from locate_edit.metrics import likelihood as likelihood_module
 from locate_edit.metrics import memorization as memorization_module
+from locate_edit.metrics.divergence import jensen_shannon, kl_divergence
 from locate_edit.metrics.exposure import exposure
 from locate_edit.metrics.likelihood import likelihood, nll
 from locate_edit.metrics.perplexity import perplexity
+from locate_edit.metrics.perplexity_shift import perplexity_rose
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
 from locate_edit.reports.controls import Editable
@@ -143,6 +145,40 @@ def test_forward_passes_are_shared() -> None:
     assert fake.model.n_calls == 2 * 2
     assert other.n_calls == 2
     assert oracle.n_calls == 2 * (2 + 1 + 1)
+
+
+def test_what_is_measured_from_the_model_before_is_not_measured_from_the_oracle() -> None:
+    fake = FakeEdit({"random 1": 0.9})
+    oracle = Bigram(V, {A: {B: 0.2}, B: {C: 0.8}})
+    chosen = [kl_divergence, perplexity_rose, jensen_shannon]
+    report = evaluate(fake, chosen, oracle=oracle)
+    kl = 0.9 * math.log(0.9 / 0.1) + 0.1 * math.log(0.1 / 0.9)
+    # Both items score one b after a; in the second it is half of the tokens.
+    assert report.value("kl_divergence") == pytest.approx(0.75 * kl, rel=1e-4)
+    assert report.value("kl_divergence", column="before") == pytest.approx(0.0, abs=1e-6)
+    assert report.value("kl_divergence", column="random") == pytest.approx(0.0, abs=1e-6)
+    assert report.value("kl_divergence", column="oracle") > report.value("kl_divergence", "retain")
+    assert report.value("perplexity_rose") == 1.0
+    assert report.value("perplexity_rose", column="before") == 0.0
+    assert report.value("jensen_shannon", column="before") > 0.1
+    alone = evaluate(fake, chosen)
+    assert alone.value("kl_divergence") == report.value("kl_divergence")
+    assert alone.value("jensen_shannon") is None
+
+
+def test_oracles_are_looked_at() -> None:
+    fake = FakeEdit({"random 1": 0.9})
+    knows, other = (Bigram(V, {A: {B: 0.9}, B: {C: p}}) for p in (0.8, 0.01))
+    assert "knows the forget prompts" in evaluate(fake, [likelihood], oracle=knows).notes[0]
+    assert "hardly knows the retain" in evaluate(fake, [likelihood], oracle=other).notes[1]
+    good = Bigram(V, {A: {B: 0.1}, B: {C: 0.8}})
+    assert evaluate(fake, [likelihood], oracle=good).notes == ()
+    with pytest.raises(EditError, match="expected 10 tokens as in Bigram, got 12"):
+        evaluate(fake, [likelihood], oracle=Bigram(V + 2, {A: {B: 0.1}}))
+    with pytest.raises(EditError, match="give the first as oracle="):
+        evaluate(fake, [likelihood], other_oracle=good)
+    with pytest.raises(EditError, match="one of the other models"):
+        evaluate(fake, [likelihood], oracle=fake.model)
 
 
 def test_several_random_masks_are_averaged_item_by_item() -> None:

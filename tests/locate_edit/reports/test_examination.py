@@ -18,7 +18,7 @@ from locate_edit.attacks.quantisation import Quantisation
 from locate_edit.attacks.relearning import Relearning
 from locate_edit.editing import Edit
 from locate_edit.engine import Run
-from locate_edit.errors import PromptError
+from locate_edit.errors import Interrupted, PromptError
 from locate_edit.methods.eul import EUL
 from locate_edit.methods.npo import NPO
 from locate_edit.metrics.likelihood import likelihood
@@ -134,6 +134,62 @@ def test_what_cannot_be_told_is_noted_and_the_rest_goes_on() -> None:
     alone = edit(net, NPO(steps=1), None, forget=forget, retain=retain)
     found = examine(alone, [likelihood], attacks=[])
     assert "No random control: the edit has no mask" in found.notes[0]
+
+
+def test_what_goes_wrong_late_costs_only_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    _, done = made()
+    monkeypatch.setattr("locate_edit.reports.examination.layers", broken)
+    monkeypatch.setattr("locate_edit.draw.robustness.attack_dots", broken)
+    found = examine(done, [likelihood], attacks=[LogitLens()])
+    assert (
+        "Not told: which layers still carry the answers. RuntimeError: out of memory" in found.notes
+    )
+    found.save(tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "Not drawn: the attacks. RuntimeError: out of memory" in page
+    assert (tmp_path / "out" / "robustness.json").exists()
+
+
+def test_an_oracle_of_another_depth_does_not_cost_the_layers() -> None:
+    _, done = made()
+    oracle = model("llama", num_hidden_layers=2)
+    found = examine(done, [likelihood], oracle=oracle, attacks=[])
+    assert found.layers is not None
+    assert "oracle" not in found.layers.lens
+    assert any("Looked at without the oracle" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("where", ["robustness", "layers"])
+def test_an_interruption_keeps_what_was_done(
+    where: str, monkeypatch: pytest.MonkeyPatch, untouched: Callable[[nn.Module], nn.Module]
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    net, done = made()
+    untouched(net)
+    target = "robustness._trial" if where == "robustness" else "examination.layers"
+    monkeypatch.setattr(f"locate_edit.reports.{target}", stop)
+    with pytest.raises(Interrupted) as stopped:
+        examine(done, [likelihood], attacks=[LogitLens()])
+    found = stopped.value.found
+    assert found.report.value("likelihood") is not None
+    (trial,) = found.robustness.trials
+    assert bool(trial.found) == (where == "layers")
+    assert any(note.startswith("Interrupted") for note in found.notes)
+    assert "Interrupted" in found.to_html()
+
+
+def test_several_random_masks_can_be_saved_with_a_curve(tmp_path: Path) -> None:
+    _, done = made()
+    found = examine(done, [likelihood], attacks=[Relearning(steps=2)], random=2)
+    found.save(tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_what_cannot_be_examined() -> None:

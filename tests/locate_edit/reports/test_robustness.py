@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,17 +18,19 @@ from torch import nn
 
 from circuits.draw import figure_data
 from locate_edit import EditError, organism
-from locate_edit.attacked import Attacked, measure
+from locate_edit.attacked import Attacked, Point, measure
 from locate_edit.attacks.pruning import Pruning
 from locate_edit.attacks.quantisation import Quantisation
+from locate_edit.attacks.relearning import Relearning
 from locate_edit.draw.robustness import attack_dots
 from locate_edit.editing import Edit, edit
-from locate_edit.errors import PromptError
+from locate_edit.errors import Interrupted, PromptError
 from locate_edit.methods.fine_tune import FineTune
 from locate_edit.methods.npo import NPO
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
-from locate_edit.reports.robustness import Robustness, Trial, robustness
+from locate_edit.reports.robustness import Robustness, Trial, every_attack, robustness
+from locate_edit.reports.states import states
 from tests.locate_edit.engine_setting import model, prompts, some_units
 
 
@@ -68,8 +71,11 @@ class Reads:
         with torch.no_grad():
             before = weight.detach().clone()
             weight.mul_(0.5)
+        try:
             yield model
-            weight.copy_(before)
+        finally:
+            with torch.no_grad():
+                weight.copy_(before)
 
 
 class Fails(Reads):
@@ -148,6 +154,7 @@ def test_an_attack_that_misses_its_control_has_no_number() -> None:
     done = edited(net)
     found = robustness(done, [Reads(adds=0.29), Reads(adds=0.31)])
     first, second = found.trials
+    assert [first.name, second.name] == ["Reads(adds=0.29)", "Reads(adds=0.31)"]
     assert "does not find its positive control" in first.withheld
     assert not first.found
     assert not second.withheld
@@ -171,8 +178,80 @@ def test_budgets() -> None:
     done = edited(model("llama"))
     assert "steps=3" in robustness(done, [Reads()], steps=3).trials[0].attack
     assert "steps=7" in robustness(done, [Reads()], steps=30).trials[0].attack
-    late = robustness(done, [Reads(), Reads(steps=1)], seconds=0.0).trials
-    assert [trial.withheld for trial in late] == ["not run: the time was spent (0 s)"] * 2
+    late = robustness(done, [Reads(), Reads(steps=1)], seconds=1e-9).trials
+    assert [trial.withheld for trial in late] == ["not run: the time was spent (1e-09 s)"] * 2
+
+
+def test_making_the_random_edits_takes_of_the_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return states(*args, **kwargs)
+
+    monkeypatch.setattr("locate_edit.reports.robustness.states", slow)
+    (trial,) = robustness(edited(model("llama")), [Reads()], seconds=0.1).trials
+    assert trial.withheld == "not run: the time was spent (0.1 s)"
+
+
+def test_an_interruption_keeps_what_was_done(untouched: Callable[[nn.Module], nn.Module]) -> None:
+    class Stops(Reads):
+        def __call__(self, *args: Any, **kwargs: Any) -> Attacked:
+            raise KeyboardInterrupt
+
+    net = model("llama")
+    done = edited(net)
+    untouched(net)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        robustness(done, [Reads(), Stops(), Fails()])
+    assert isinstance(stopped.value, Interrupted)
+    first, *rest = stopped.value.found.trials
+    assert set(first.found) == {"before", "after"}
+    assert [(trial.name, trial.withheld) for trial in rest] == [
+        ("Stops", "not run: interrupted"),
+        ("Fails", "not run: interrupted"),
+    ]
+
+
+@dataclass(frozen=True)
+class Searches(Reads):
+    """Finds what it is given as a start, and no more."""
+
+    start: float = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Attacked:
+        found = super().__call__(*args, **kwargs)
+        under = found.forget.estimate or 0.0
+        clean = found.forget_clean.estimate or 0.0
+        curve = (Point(0, clean + self.start), Point(self.steps, under))
+        return replace(found, curve=curve, strength="steps")
+
+
+def test_what_a_random_start_finds_in_the_control_is_not_the_merit_of_the_search() -> None:
+    done = edited(model("llama"))
+    lucky = robustness(done, [Searches(start=0.4)]).trials[0]
+    assert "before the first step" in lucky.withheld
+    assert not robustness(done, [Searches(start=0.1)]).trials[0].withheld
+
+
+def test_curves_of_several_random_masks_are_averaged(tmp_path: Path) -> None:
+    done = edited(model("llama"))
+    found = robustness(done, [Relearning(steps=2)], controls=False, random=2)
+    trial = found["Relearning"]
+    assert len(trial.found["random"].curve) == len(trial.found["after"].curve) > 1
+    last = trial.found["random"].curve[-1]
+    assert last.forget == pytest.approx(trial.found["random"].forget.estimate)
+    assert trial.found["random"].strength == "steps"
+    found.save(tmp_path / "out")
+
+
+def test_every_attack_there_is_and_two_in_another_form() -> None:
+    names = [type(each).__name__ for each in every_attack()]
+    assert len(names) == len(set(names)) + 2
+    assert Quantisation(bits=8) in every_attack()
+    assert Relearning(on="unrelated") in every_attack()
+    assert (
+        sum(each == Quantisation(bits=8) for each in every_attack({"quantisation": {"bits": "8"}}))
+        == 1
+    )
 
 
 def by_hand() -> Robustness:
@@ -195,13 +274,13 @@ def by_hand() -> Robustness:
 def test_the_table_by_hand() -> None:
     header, control, original, mine, oracle, bad = by_hand().table()
     assert header[:2] == ["attack", "model"]
-    assert control[:4] == ["Good", "control", "0.000", "0.800 (0.700 to 0.900)"]
-    assert original[1:4] == ["before", "1.000", "1.000 (1.000 to 1.000)"]
+    assert control[:5] == ["Good", "control", "2", "0.000", "0.800 (0.700 to 0.900)"]
+    assert original[1:5] == ["before", "2", "1.000", "1.000 (1.000 to 1.000)"]
     assert mine == [
-        "Good", "after", "0.100", "0.600 (0.500 to 0.700)", "1.000", "0.400", "0.400 (0.400 to 0.400)",
-        "brings answers back, breaks the model",
+        "Good", "after", "2", "0.100", "0.600 (0.500 to 0.700)", "1.000", "0.400", "0.400 (0.400 to 0.400)",
+        "0.400 (0.400 to 0.400)", "brings answers back, breaks the model",
     ]  # fmt: skip
-    assert oracle[6:] == ["", ""]
+    assert oracle[7:] == ["", "", ""]
     assert bad[-1] == "withheld: it does not | find it"
     assert "it does not \\| find it" in by_hand().markdown()
     assert (
@@ -213,34 +292,80 @@ def test_the_table_by_hand() -> None:
 
 
 def one(
-    after: list[float], clean: list[float], oracle: list[float] | None, kept: float = 1.0
+    after: list[float],
+    clean: list[float],
+    oracle: list[float] | None,
+    oracle_clean: list[float] | None = None,
+    kept: float = 1.0,
 ) -> Trial:
     """A trial of one attack on an edit, and on an oracle if there is one."""
     found = {"after": Attacked(values(*after), values(*clean), values(kept), values(1.0))}
     if oracle is not None:
-        found["oracle"] = Attacked(values(*oracle), values(*oracle), values(1.0), values(1.0))
+        never = values(*(oracle_clean or oracle))
+        found["oracle"] = Attacked(values(*oracle), never, values(1.0), values(1.0))
     return Trial("Good", "Good()", found)
+
+
+NUMBERLESS = Attacked(
+    Values.none("likelihood", "needs: probes that read"), values(0.1), values(1.0), values(1.0)
+)
 
 
 @pytest.mark.parametrize(
     ("trial", "outcome"),
     [
         (one([0.8, 0.9], [0.1, 0.1], [0.1, 0.2]), "brings answers back"),
-        (one([0.8, 0.9], [0.1, 0.1], None), "brings answers back"),
+        # whether more than a model that never knew, nobody can say
+        (one([0.8, 0.9], [0.1, 0.1], None), "rises"),
+        (
+            replace(one([0.8, 0.9], [0.1, 0.1], None), failed={"oracle": "ValueError: no"}),
+            "rises",
+        ),
         # more than without the attack, but no more than a model that never knew gives
-        (one([0.8, 0.9], [0.1, 0.1], [0.8, 0.9]), "nothing beyond"),
+        (one([0.8, 0.9], [0.1, 0.1], [0.8, 0.9]), "nothing shown"),
         # more than the oracle, but no more than without the attack
-        (one([0.8, 0.9], [0.8, 0.9], [0.1, 0.2]), "nothing beyond"),
+        (one([0.8, 0.9], [0.8, 0.9], [0.1, 0.2]), "stays above the oracle"),
+        # adds something and ends above the oracle, to which it adds as much: known in the open
+        (one([0.8, 0.9], [0.6, 0.7], [0.3, 0.4], [0.1, 0.2]), "stays above the oracle"),
+        # what is too small to matter
+        (one([0.105, 0.106], [0.1, 0.1], [0.0, 0.0]), "stays above the oracle"),
+        # pushed below the oracle, and up to it again: nothing of the knowledge
+        (one([0.2, 0.2], [0.0, 0.0], [0.2, 0.2], [0.2, 0.2]), "nothing shown"),
         # the interval of the gain holds 0
-        (one([0.8, 0.0], [0.1, 0.1], [0.0, 0.0]), "nothing beyond"),
+        (one([0.8, 0.0], [0.1, 0.1], [0.0, 0.0]), "nothing shown"),
         (one([0.1, 0.1], [0.1, 0.1], [0.1, 0.1], kept=0.2), "breaks the model"),
         (one([0.8, 0.9], [0.1, 0.1], [0.1, 0.2], kept=0.2), "brings answers back"),
         (one([0.8], [0.1], [0.1]), "too few prompts"),
         (Trial("Bad", "Bad()", withheld="no"), "withheld"),
+        (Trial("Bad", "Bad()", {"after": NUMBERLESS}), "withheld"),
     ],
 )
 def test_what_an_attack_shows(trial: Trial, outcome: str) -> None:
     assert trial.outcome() == outcome
+
+
+def test_an_open_half_is_not_hidden() -> None:
+    # Knows two of four in the open; the attack adds as much to it as to a model that never knew any.
+    clean, never = [1.0, 1.0, 0.1, 0.2], [0.1, 0.2, 0.1, 0.2]
+    under, invented = [1.0, 1.0, 0.4, 0.5], [0.4, 0.5, 0.4, 0.5]
+    trial = one(under, clean, invented, never)
+    gain, beyond = trial.gain(), trial.beyond()
+    assert gain is not None
+    assert beyond is not None
+    assert trial.gain_beyond() == pytest.approx((-0.15, -0.3, 0.0))
+    assert beyond[0] > 0
+    assert trial.outcome() != "brings answers back"
+
+
+def test_a_model_without_a_number_says_why() -> None:
+    trial = Trial("Probing", "Probing()", {"after": NUMBERLESS})
+    assert trial.reason() == "needs: probes that read"
+    assert trial.reason("oracle") == ""
+    row = Robustness((trial,)).table()[1]
+    assert row[-1] == "withheld: needs: probes that read"
+    assert Robustness((trial,)).in_words() == (
+        "No attack could be tried. Probing has no number: needs: probes that read."
+    )
 
 
 def test_in_words() -> None:
@@ -250,24 +375,45 @@ def test_in_words() -> None:
     missing = Trial("Bad", "Bad()", withheld="no")
     assert Robustness((found, missing)).in_words() == (
         "Of 2 attacks 1 could be tried. Good brings back more than from a model that never knew: there the answers are "
-        "hidden rather than gone. Bad has no number, for the reason that the table gives."
+        "hidden rather than gone. Bad has no number: no."
     )
     assert Robustness((nothing, broken)).in_words() == (
-        "Of 2 attacks 2 could be tried. None brings back more than from a model that never knew; what another attack "
-        "would find, nobody knows. Good breaks the model, which says nothing."
+        "Of 2 attacks 2 could be tried. None is shown to bring back more than from a model that never knew; what "
+        "another attack would find, nobody knows. Good breaks the model, which says nothing."
     )
     alone = one([0.8, 0.9], [0.1, 0.1], None)
-    assert "Without an oracle it cannot be told" in Robustness((alone, alone)).in_words()
-    assert "Good and good bring back more:" in Robustness((alone, alone)).in_words()
+    said = Robustness((alone, alone)).in_words()
+    assert "Good and good bring up more than the model says by itself; without an oracle it" in said
+    assert "hidden rather than gone" not in said
     given = one([0.8, 0.9], [0.8, 0.9], [0.1, 0.1])
     given = replace(given, found={**given.found, "before": given.found["after"]})
-    assert "None brings back more, but there is little to bring back" in (
-        Robustness((given, given)).in_words()
-    )
+    said = Robustness((given, given)).in_words()
+    assert "Under good and good the model still gives more than one that never knew" in said
+    assert "None brings back more, but there is little to bring back" in said
     assert "nobody knows" in Robustness((given, nothing)).in_words()
+    few = Robustness((one([0.99], [0.14], [0.01]),)).in_words()
+    assert few == (
+        "Of 1 attacks 1 could be tried. With a single prompt no interval can be told: good from 0.14 to 0.99 (oracle "
+        "0.01)."
+    )
     named = Trial("LatentPerturbation(layer=1)", "")
     assert named.title == "latent perturbation (layer=1)"
-    assert Robustness((missing,)).in_words() == "No attack could be tried; the table says why."
+    assert Robustness((missing,)).in_words() == "No attack could be tried. Bad has no number: no."
+
+
+def test_steps_until_half_of_what_was_there_before_the_edit_is_back() -> None:
+    def curved(*measured: float) -> Attacked:
+        curve = tuple(Point(2 * at, each) for at, each in enumerate(measured))
+        return Attacked(values(0.5, 0.5), values(0.1, 0.1), curve=curve, strength="steps")
+
+    before = Attacked(values(0.6, 0.6), values(0.6, 0.6))
+    found = {"before": before, "after": curved(0.1, 0.29, 0.3, 0.5), "oracle": curved(0.1, 0.2)}
+    trial = Trial("Relearning", "Relearning()", found)
+    assert trial.recovered() == 4
+    assert trial.recovered("oracle") is None
+    assert "half is back after 4 steps" in Robustness((trial,)).table()[2][-1]
+    bits = replace(found["after"], strength="bits")
+    assert replace(trial, found={**found, "after": bits}).recovered() is None
 
 
 def test_the_first_sentence_says_what_an_attack_does() -> None:
@@ -288,6 +434,7 @@ def test_files_and_figure(tmp_path: Path) -> None:
     assert edited_["forget"]["estimate"] == pytest.approx(0.6)
     assert edited_["broken"] is True
     assert edited_["beyond oracle"] == pytest.approx([0.4, 0.4, 0.4])
+    assert edited_["gain beyond oracle"] == pytest.approx([0.4, 0.4, 0.4])
     assert written[2].read_bytes().startswith(b"\x89PNG")
     axes = attack_dots(by_hand())
     full = [
@@ -314,6 +461,8 @@ def test_files_and_figure(tmp_path: Path) -> None:
         ({"attacks": [Reads]}, "an attack is an object like"),
         ({"attacks": [Reads(), Reads()]}, "two attacks are called 'Reads"),
         ({"margin": 0.0}, "margin must be positive"),
+        ({"seconds": -1.0}, "seconds must be positive"),
+        ({"seconds": float("nan")}, "seconds must be positive"),
         ({"original": "other"}, "brings its original model along"),
         ({"oracle": "same"}, "the oracle is one of the other models"),
     ],
