@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 from torch import nn
 
+from locate_edit.metrics.compat import check_compat
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.truth_ratio import GUARD, Compat, wrong_losses
 from locate_edit.metrics.values import Floats, Values
@@ -101,7 +103,11 @@ def normalised_probability(
     Args:
         predictions: predictions, or a model.
         prompts: the prompts, with a model.
-        compat: "open-unlearning" adds 1e-10 to the denominator, which tells where probabilities vanish.
+        compat: "open-unlearning" adds 1e-10 to the denominator, which tells where probabilities vanish; "tofu" is the
+            plain definition.
+
+    Raises:
+        PromptError: another toolkit.
     """
     predictions = Predictions.of(predictions, prompts)
     losses = [None if mean is None else -mean for mean in _means(predictions)]
@@ -117,8 +123,13 @@ def normalised_from_losses(
     *,
     compat: Compat | None = None,
 ) -> Values:
-    """`normalised_probability` from losses in nats a token: right ones `item`, wrong ones `item wrong`."""
-    guard = [] if compat is None else [-float(np.log(GUARD))]
+    """`normalised_probability` from losses in nats a token: right ones `item`, wrong ones `item wrong`.
+
+    Raises:
+        PromptError: as `normalised_probability`.
+    """
+    check_compat("normalised probability", compat, get_args(Compat))
+    guard = [-float(np.log(GUARD))] if compat == "open-unlearning" else []
 
     def share(loss: float, others: Sequence[float] | Floats) -> float:
         every = -np.array([loss, *others, *guard], np.float64)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import nn
 
 from circuits.forward import labelled_logits, token_log_probs
 from locate_edit.errors import PromptError
+from locate_edit.metrics.compat import check_compat
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.running import evaluating
 from locate_edit.metrics.statistic import Statistic
@@ -50,6 +51,9 @@ __all__ = [
 
 Score = Callable[[Predictions], Values]
 Compat = Literal["open-unlearning"]
+Muse = Literal["open-unlearning", "muse"]
+# Of the Min-K papers, and of the toolkits.
+_K, _TOOLKITS_K = 0.2, 0.4
 
 _WEIGHTED = "at least one scored token of non-zero weight"
 # Variances below this are those of a prediction that is all but certain (open-unlearning has the same floor).
@@ -79,8 +83,8 @@ def min_k(
     predictions: Predictions | nn.Module,
     prompts: PromptSet | None = None,
     *,
-    k: float = 0.2,
-    compat: Compat | None = None,
+    k: float | None = None,
+    compat: Muse | None = None,
 ) -> Values:
     """Min-K%, the mean loss of the least probable tokens of the target.
 
@@ -94,22 +98,24 @@ def min_k(
     Args:
         predictions: predictions, or a model.
         prompts: the prompts, with a model.
-        k: fraction of the tokens; the paper takes 0.2, MUSE and open-unlearning 0.4.
-        compat: "open-unlearning" leaves out the last token of each item, which is the end token there.
+        k: fraction of the tokens; None for the paper's 0.2, with `compat` 0.4. The values' name has it in percent.
+        compat: "open-unlearning" leaves out the last token of each item, which is the end token there; "muse" does not.
 
     Raises:
-        PromptError: `k` is not above 0 and at most 1.
+        PromptError: `k` is not above 0 and at most 1, or another toolkit.
     """
+    check_compat("Min-K%", compat, get_args(Muse))
+    k = _fraction(k, compat)
     predictions = Predictions.of(predictions, prompts)
     values = [_lowest(part, k) for part in _counted(predictions, predictions.logprob, compat)]
-    return _made("min_k", values, unit="nats a token", compat=compat)
+    return _made(f"min_k_{100 * k:g}", values, unit="nats a token", compat=compat)
 
 
 def min_k_plus_plus(
     predictions: Predictions | nn.Module,
     prompts: PromptSet | None = None,
     *,
-    k: float = 0.2,
+    k: float | None = None,
     compat: Compat | None = None,
 ) -> Values:
     """Min-K%++, the same with each token's log-probability in standard deviations from what the model expects there.
@@ -124,17 +130,19 @@ def min_k_plus_plus(
     Args:
         predictions: predictions, or a model.
         prompts: the prompts, with a model.
-        k: fraction of the tokens.
-        compat: as for `min_k`.
+        k: as for `min_k`.
+        compat: as for `min_k`; MUSE does not have it.
 
     Raises:
-        PromptError: `k` is not above 0 and at most 1.
+        PromptError: `k` is not above 0 and at most 1, or another toolkit.
     """
+    check_compat("Min-K%++", compat, get_args(Compat))
+    k = _fraction(k, compat)
     predictions = Predictions.of(predictions, prompts)
     spread = np.sqrt(np.maximum(predictions.variance, _LEAST_VARIANCE))
     standard = (predictions.logprob + predictions.entropy) / spread
     values = [_lowest(part, k) for part in _counted(predictions, standard, compat)]
-    return _made("min_k_plus_plus", values, unit="standard deviations", compat=compat)
+    return _made(f"min_k_plus_plus_{100 * k:g}", values, unit="standard deviations", compat=compat)
 
 
 def reference_loss(
@@ -182,7 +190,11 @@ def gradient_norm(
         prompts: the prompts, with a model.
         compat: "open-unlearning" takes the mean over parameter tensors of each one's norm instead, which depends on
             how a model cuts its parameters into tensors, and leaves out the last token of each item.
+
+    Raises:
+        PromptError: another toolkit.
     """
+    check_compat("gradient norm", compat, get_args(Compat))
     predictions = Predictions.of(predictions, prompts)
     model, values = predictions.model, list[float | None]()
     device = next(model.parameters()).device
@@ -304,7 +316,7 @@ def privleak(
     oracle_members: Values | None = None,
     oracle_others: Values | None = None,
     *,
-    compat: Compat | None = None,
+    compat: Muse | None = None,
 ) -> Statistic:
     """PrivLeak, 100 (B - B_oracle) / B_oracle with B = 1 - AUC: 0 for a model as if it had never seen the members.
 
@@ -322,11 +334,13 @@ def privleak(
         oracle_members: that of the members under a model retrained without them.
         oracle_others: that of the hold-out items under the same.
         compat: "open-unlearning" takes the AUC of an oracle for 0.5 where there is none, which is right for sets that
-            differ in nothing but membership.
+            differ in nothing but membership; "muse" is the plain definition.
 
     Raises:
-        PromptError: different scores, other items for the oracle than for the edited model, or half an oracle.
+        PromptError: different scores, other items for the oracle than for the edited model, half an oracle, or another
+            toolkit.
     """
+    check_compat("PrivLeak", compat, get_args(Muse))
     name, unit = "privleak", "percent"
     if oracle_members is None and oracle_others is None:
         return _leak_without(members, others, compat)
@@ -412,10 +426,10 @@ def _leak(members: Floats, others: Floats) -> float:
     return 100 * (edited - oracle) / oracle if oracle else float("inf") * (edited > 0)
 
 
-def _leak_without(members: Values, others: Values, compat: Compat | None) -> Statistic:
+def _leak_without(members: Values, others: Values, compat: Muse | None) -> Statistic:
     """PrivLeak without an oracle."""
     name, unit = "privleak", "percent"
-    if compat is None:
+    if compat != "open-unlearning":
         reason = "needs: an oracle, a model retrained without the members"
         return Statistic.none(name, reason, unit=unit, direction="distance")
     told = auc(members, others)
@@ -431,9 +445,9 @@ def _leak_without(members: Values, others: Values, compat: Compat | None) -> Sta
     )
 
 
-def _counted(predictions: Predictions, array: Floats, compat: Compat | None) -> list[Floats]:
+def _counted(predictions: Predictions, array: Floats, compat: Muse | None) -> list[Floats]:
     """An array over scored tokens item by item, those of weight 0 left out; the last ones too where that is asked."""
-    end = None if compat is None else -1
+    end = -1 if compat == "open-unlearning" else None
     weights = predictions.split(predictions.weight)
     return [
         part[:end][w[:end] > 0] for part, w in zip(predictions.split(array), weights, strict=True)
@@ -445,10 +459,17 @@ def _losses(predictions: Predictions, logprob: Floats) -> list[float | None]:
     return [None if mean is None else -mean for mean in predictions.means(logprob)]
 
 
-def _lowest(values: Floats, k: float) -> float | None:
-    """Minus the mean of the lowest fraction `k` of the values."""
+def _fraction(k: float | None, compat: Muse | None) -> float:
+    """The fraction that is meant."""
+    if k is None:
+        return _K if compat is None else _TOOLKITS_K
     if not 0 < k <= 1:
         raise PromptError(f"Min-K: expected k above 0 and at most 1 (a fraction), got {k}.")
+    return k
+
+
+def _lowest(values: Floats, k: float) -> float | None:
+    """Minus the mean of the lowest fraction `k` of the values."""
     if not len(values):
         return None
     if np.isnan(values).any():  # which sorting would put last
@@ -462,7 +483,7 @@ def _compressed(text: str) -> int:
 
 
 def _made(
-    name: str, values: list[float | None], *, unit: str, compat: Compat | None = None
+    name: str, values: list[float | None], *, unit: str, compat: Muse | None = None
 ) -> Values:
-    needs = _WEIGHTED if compat is None else f"{_WEIGHTED} before the last"
+    needs = _WEIGHTED + (" before the last" if compat == "open-unlearning" else "")
     return Values.make(name, values, unit=unit, direction="down", precondition=needs)

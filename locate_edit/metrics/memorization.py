@@ -10,12 +10,13 @@ before them (the prompt, the start token, or a plain text's first token), f(p) t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from torch import nn
 
 from locate_edit.errors import PromptError
+from locate_edit.metrics.compat import check_compat
 from locate_edit.metrics.generation import greedy
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
@@ -53,7 +54,11 @@ def exact_memorization(
         predictions: predictions, or a model.
         prompts: the prompts, with a model.
         compat: "open-unlearning" leaves out the last token of each item, which is the end token there.
+
+    Raises:
+        PromptError: another toolkit.
     """
+    check_compat("exact memorization", compat, get_args(Compat))
     predictions = Predictions.of(predictions, prompts)
     values: list[float | None] = []
     for index in range(len(predictions)):
@@ -108,7 +113,11 @@ def extraction_strength(
         prompts: the prompts, with a model.
         compat: "open-unlearning" leaves out the last token of each item and never goes below 1/T, so that a wholly
             wrong answer of five tokens scores 0.2.
+
+    Raises:
+        PromptError: another toolkit.
     """
+    check_compat("extraction strength", compat, get_args(Compat))
     predictions = Predictions.of(predictions, prompts)
     if predictions.masked:
         return Values.none(
@@ -168,8 +177,9 @@ def extraction_likelihood(
             without a start token, of which the code takes all but the first for the target, give its numbers.
 
     Raises:
-        PromptError: `n` or `stride` is below 1.
+        PromptError: `n` or `stride` is below 1, or another toolkit.
     """
+    check_compat("extraction likelihood", compat, ("knowledge-unlearning",))
     if n < 1 or stride < 1:
         raise PromptError(f"n and stride must be at least 1, got n={n} and stride={stride}.")
     predictions = Predictions.of(predictions, prompts)

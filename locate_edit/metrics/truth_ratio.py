@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from locate_edit.errors import PromptError
+from locate_edit.metrics.compat import check_compat
 from locate_edit.metrics.predictions import Predictions, Wrong
 from locate_edit.metrics.values import Floats, Values
 from locate_edit.prompts import PromptSet
@@ -33,7 +34,7 @@ __all__ = ["from_losses", "truth_ratio", "wrong_losses"]
 
 Aggregate = Literal["ratio", "closer", "better", "share"]
 Mean = Literal["geometric", "arithmetic"]
-Compat = Literal["open-unlearning"]
+Compat = Literal["open-unlearning", "tofu"]
 
 _UNITS: dict[str, str] = {
     "ratio": "wrong over right",
@@ -76,7 +77,11 @@ def truth_ratio(
         prompts: the prompts, with a model.
         aggregate: what becomes of R.
         mean: of the wrong answers' probabilities; "arithmetic" is what the paper prints, and nobody computes.
-        compat: "open-unlearning" adds 1e-10 to every denominator, which tells where probabilities vanish.
+        compat: "open-unlearning" adds 1e-10 to every denominator, which tells where probabilities vanish; "tofu" is the
+            plain definition, and has no "share".
+
+    Raises:
+        PromptError: an unknown setting, or one that the toolkit lacks.
     """
     predictions = Predictions.of(predictions, prompts)
     right = predictions.means(-predictions.logprob)
@@ -115,7 +120,10 @@ def from_losses(
             f"truth ratio: expected aggregate among {', '.join(_UNITS)} and mean 'geometric' or 'arithmetic', "
             f"got {aggregate!r} and {mean!r}."
         )
-    guard = 0.0 if compat is None else GUARD
+    check_compat("truth ratio", compat, get_args(Compat))
+    if compat == "tofu" and aggregate == "share":
+        raise PromptError("truth ratio: TOFU has no aggregate 'share'; open-unlearning has.")
+    guard = GUARD if compat == "open-unlearning" else 0.0
     found = [
         _value(float(loss), np.asarray(others, np.float64), aggregate, mean, guard)
         if len(others) and loss is not None

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
+from locate_edit.errors import PromptError
 from locate_edit.metrics import bias, counterfact, membership
 from locate_edit.metrics.forget_quality import forget_quality
-from locate_edit.metrics.likelihood import likelihood, normalised_probability
+from locate_edit.metrics.likelihood import likelihood, nll, normalised_probability
 from locate_edit.metrics.membership import auc, incomparable, min_k, privleak
 from locate_edit.metrics.model_utility import model_utility
 from locate_edit.metrics.rouge import rouge
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 Metric = Callable[..., Values]
+Score = Literal["nll", "zlib_loss", "min_k", "min_k_plus_plus", "reference_loss", "gradient_norm"]
 Wanted = tuple[tuple[str, Metric], ...]
 """Names of prompt sets, each with a metric that is needed there."""
 
@@ -97,15 +99,17 @@ class ForgetQuality:
     Attributes:
         prompts: the set; its targets are paraphrases of the answers, and its rows have `wrong` answers.
         report: "p", or "distance" for the largest difference between the distributions.
+        compat: as for `truth_ratio`.
     """
 
     prompts: str = "forget"
     report: Literal["p", "distance"] = "p"
+    compat: Literal["open-unlearning", "tofu"] | None = None
 
     @property
     def needs(self) -> Wanted:
         """Truth ratios."""
-        return ((self.prompts, truth_ratio),)
+        return ((self.prompts, _with(truth_ratio, compat=self.compat)),)
 
     def __call__(
         self, here: Measured, *, before: Measured | None, oracle: Measured | None
@@ -113,8 +117,9 @@ class ForgetQuality:
         """The number."""
         if reason := _no_oracle(here, oracle):
             return Statistic.none("forget_quality", reason, unit="p-value", direction="closeness")
-        edited, reference = (each(self.prompts, truth_ratio) for each in (here, oracle) if each)
-        first = None if before is None else before(self.prompts, truth_ratio)
+        (wanted,) = self.needs
+        edited, reference = (each(*wanted) for each in (here, oracle) if each)
+        first = None if before is None else before(*wanted)
         return forget_quality(edited, reference, before=first, report=self.report)
 
 
@@ -130,13 +135,15 @@ class ModelUtility:
         kept: sets whose probability counts as it is (TOFU's retain set).
         chosen: sets whose probability is shared among right and wrong answers (its real authors and world facts).
         paraphrased: for a set, the one with paraphrases as targets that its truth ratio is taken on.
-        max_new_tokens: length of the continuations (tokens); None for that of each target.
+        max_new_tokens: length of the continuations (tokens); None for that of each target, with `compat` 200.
+        compat: as for `truth_ratio` and `normalised_probability`.
     """
 
     kept: tuple[str, ...] = ("retain",)
     chosen: tuple[str, ...] = ()
     paraphrased: Mapping[str, str] | None = None
     max_new_tokens: int | None = None
+    compat: Literal["open-unlearning", "tofu"] | None = None
 
     @property
     def prompts(self) -> str:
@@ -157,12 +164,16 @@ class ModelUtility:
         )
 
     def _parts(self) -> dict[str, Wanted]:
-        spoken = partial(rouge, max_new_tokens=self.max_new_tokens)
-        ratio = partial(truth_ratio, aggregate="better")
+        length = self.max_new_tokens
+        if length is None and self.compat is not None:
+            length = 200
+        spoken = partial(rouge, max_new_tokens=length)
+        ratio = _with(truth_ratio, aggregate="better", compat=self.compat)
+        share = _with(normalised_probability, compat=self.compat)
         other = dict(self.paraphrased or {})
         return {
             name: ((name, first), (name, spoken), (other.get(name, name), ratio))
-            for names, first in ((self.kept, likelihood), (self.chosen, normalised_probability))
+            for names, first in ((self.kept, likelihood), (self.chosen, share))
             for name in names
         }
 
@@ -173,22 +184,36 @@ class MembershipAuc:
 
     Direction: up, members are told; 0.5 tells nothing.
     Needs: hold-out prompts of the same making, and a model before the edit that tells members from them.
-    Cost: shared forward of both sets.
+    Cost: the score's on both sets.
 
     Attributes:
         prompts: the members.
         others: the prompts never seen.
-        score: one of `locate_edit.metrics.membership`.
+        score: one of `locate_edit.metrics.membership`, or "nll", the plain loss attack.
+        k: fraction of least probable tokens that count, for "min_k" and "min_k_plus_plus"; None for theirs.
+
+    Raises:
+        PromptError: an unknown score, or `k` for one that has none.
     """
 
     prompts: str = "forget"
     others: str = "holdout"
-    score: Literal["min_k", "min_k_plus_plus", "zlib_loss"] = "min_k"
+    score: Score = "min_k"
+    k: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.score not in get_args(Score):
+            raise PromptError(
+                f"MembershipAuc: expected a score among {', '.join(get_args(Score))}, got {self.score!r}."
+            )
+        if self.k is not None and not self.score.startswith("min_k"):
+            raise PromptError(f"MembershipAuc: {self.score} has no fraction k, got {self.k}.")
 
     @property
     def needs(self) -> Wanted:
         """The score on both sets."""
-        metric: Metric = getattr(membership, self.score)
+        found: Metric = nll if self.score == "nll" else getattr(membership, self.score)
+        metric = _with(found, k=self.k)
         return ((self.prompts, metric), (self.others, metric))
 
     def __call__(
@@ -210,36 +235,39 @@ class PrivLeak:
     Below 0 they are still recognised, above it the removal shows.
 
     Direction: distance from the oracle, either way.
-    Needs: an oracle, and hold-out prompts of the same making.
+    Needs: an oracle (but with `compat="open-unlearning"`), and hold-out prompts of the same making.
     Cost: shared forward of both sets.
 
     Attributes:
         prompts: the members.
         others: the prompts never seen.
-        k: fraction of least probable tokens that count (0.4 in MUSE).
+        k: fraction of least probable tokens that count (0.4 in MUSE and open-unlearning).
+        compat: as for `min_k` and `privleak`: "open-unlearning" takes the AUC of an oracle for 0.5 where there is none.
     """
 
     prompts: str = "forget"
     others: str = "holdout"
     k: float = 0.4
+    compat: Literal["open-unlearning", "muse"] | None = None
 
     @property
     def needs(self) -> Wanted:
         """Min-K% on both sets."""
-        score = partial(min_k, k=self.k)
+        score = _with(min_k, k=self.k, compat=self.compat)
         return ((self.prompts, score), (self.others, score))
 
     def __call__(
         self, here: Measured, *, before: Measured | None, oracle: Measured | None
     ) -> Statistic:
         """The number."""
-        reason = _no_oracle(here, oracle)
+        alone = oracle is None and self.compat == "open-unlearning"
+        reason = "" if alone else _no_oracle(here, oracle)
         if not reason and self.prompts in here.sets and self.others in here.sets:
             reason = incomparable(here.sets[self.prompts], here.sets[self.others])
         if reason:
             return Statistic.none("privleak", reason, unit="percent", direction="distance")
         found = [each(*wanted) for each in (here, oracle) if each for wanted in self.needs]
-        return privleak(*found)
+        return privleak(*found, compat=self.compat)
 
 
 @dataclass(frozen=True)
@@ -299,6 +327,12 @@ class EditScore:
     ) -> Statistic:
         """The number."""
         return counterfact.edit_score(*(here(*wanted) for wanted in self.needs))
+
+
+def _with(metric: Metric, **settings: object) -> Metric:
+    """The metric with those of the settings that are given; itself where none is."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    return partial(metric, **given) if given else metric
 
 
 def _no_oracle(here: Measured, oracle: Measured | None) -> str:

@@ -7,20 +7,23 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from torch import nn
 
 from docs.make_reference import stated
 from locate_edit import catalog
+from locate_edit.errors import PromptError
 from locate_edit.metrics.bias import crows, icat
 from locate_edit.metrics.counterfact import edit_score
 from locate_edit.metrics.forget_quality import forget_quality
+from locate_edit.metrics.likelihood import normalised_from_losses
 from locate_edit.metrics.membership import auc, privleak
 from locate_edit.metrics.model_utility import model_utility
 from locate_edit.metrics.oracle_distance import oracle_distance
 from locate_edit.metrics.predictions import Predictions
+from locate_edit.metrics.truth_ratio import from_losses
 from locate_edit.metrics.unlearning_depth import unlearning_depth
 from locate_edit.metrics.values import Values
 from locate_edit.metrics.whole_sets import Measured
@@ -135,7 +138,7 @@ def test_a_number_or_a_reason_and_the_model_as_it_was(
 
 def options(entry: catalog.Entry) -> dict[str, Any]:
     """What a metric asks for, with targets as short as those here."""
-    asked = {"n": 1, "reward": lengths, "length": 5, "least_mass": 0.0}
+    asked = {"n": 1, "reward": lengths, "length": 1, "least_mass": 0.0}
     takes = inspect.signature(entry.load()).parameters
     return {
         key: value
@@ -171,6 +174,27 @@ def test_items_without_numbers_are_left_out(entry: catalog.Entry) -> None:
         else:
             assert item not in values
             assert "finite predictions" in (found.note or found.withheld)
+
+
+SWITCHES = [
+    function
+    for function in [*(e.load() for e in ENTRIES), privleak, from_losses, normalised_from_losses]
+    if "compat" in inspect.signature(function).parameters
+]
+
+
+@pytest.mark.parametrize("function", SWITCHES, ids=lambda function: function.__name__)
+def test_toolkits_that_lack_a_metric_are_refused(function: Callable[..., Any]) -> None:
+    none = Values.none("nll", "needs: x")
+    given: dict[str, Any] = {"members": none, "others": none, "right": [0.5], "wrong": [[0.7]]}
+    given["predictions"] = Predictions(tiny("llama"), PromptSet(FULL, byte_tokenizer()))
+    given = {k: v for k, v in given.items() if k in inspect.signature(function).parameters}
+    for wrong in ("openunlearning", "MUSE", "", "eul"):
+        with pytest.raises(PromptError, match=r"expected compat to be .* got .*docs/metrics.md"):
+            function(**given, compat=wrong)
+    for choice in get_args(get_type_hints(function)["compat"]):
+        for name in get_args(choice):
+            function(**given, compat=name)
 
 
 @pytest.mark.parametrize("cost", FORWARDS)

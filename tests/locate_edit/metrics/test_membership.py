@@ -163,6 +163,21 @@ def test_tokens_of_no_weight_are_left_out() -> None:
         min_k(model, prompts, k=20)
 
 
+def test_the_fraction_is_in_the_name_so_that_unlike_scores_do_not_mix() -> None:
+    model, prompts = tiny("llama"), PromptSet([("a", "bcd"), ("a", "bc")], byte_tokenizer())
+    assert [min_k(model, prompts, k=k).name for k in (0.2, 0.4, 0.07)] == [
+        "min_k_20", "min_k_40", "min_k_7",
+    ]  # fmt: skip
+    for score in (min_k, min_k_plus_plus):
+        assert score(model, prompts).name == score(model, prompts, k=0.2).name
+        theirs = score(model, prompts, compat="open-unlearning")
+        assert theirs.name == score(model, prompts, k=0.4).name
+        with pytest.raises(PromptError, match="expected the same score of both sets"):
+            auc(score(model, prompts, k=0.2), score(model, prompts, k=0.9))
+    muse = min_k(model, prompts, compat="muse")
+    assert muse.values.tolist() == min_k(model, prompts, k=0.4).values.tolist()
+
+
 # ---- the area under the curve ---------------------------------------------------------------------
 
 

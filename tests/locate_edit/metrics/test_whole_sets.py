@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -19,8 +19,16 @@ from locate_edit.metrics.counterfact import (
     paraphrase_success,
 )
 from locate_edit.metrics.forget_quality import forget_quality
-from locate_edit.metrics.likelihood import likelihood, normalised_probability
-from locate_edit.metrics.membership import auc, min_k, privleak
+from locate_edit.metrics.likelihood import likelihood, nll, normalised_probability
+from locate_edit.metrics.membership import (
+    auc,
+    gradient_norm,
+    min_k,
+    min_k_plus_plus,
+    privleak,
+    reference_loss,
+    zlib_loss,
+)
 from locate_edit.metrics.model_utility import model_utility
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.rouge import rouge
@@ -32,6 +40,7 @@ from locate_edit.metrics.whole_sets import (
     MembershipAuc,
     ModelUtility,
     PrivLeak,
+    Score,
     WholeSets,
 )
 
@@ -106,6 +115,71 @@ def test_rows_are_what_the_functions_give(
     assert again.value("forget_quality") == quality.estimate
     assert "closer" in report.to_html()
     assert "closer" in report.to_markdown()
+
+
+def test_every_membership_score(models: tuple[Any, Any], facts: dict[str, PromptSet]) -> None:
+    model, oracle = models
+    forget, holdout = facts["forget"][:12], facts["holdout"][:12]
+    scores: dict[str, Any] = {
+        "nll": nll,
+        "zlib_loss": zlib_loss,
+        "min_k": partial(min_k, k=0.6),
+        "min_k_plus_plus": partial(min_k_plus_plus, k=0.6),
+        "reference_loss": reference_loss,
+        "gradient_norm": gradient_norm,
+    }
+    assert set(scores) == set(get_args(Score))
+    for name, score in scores.items():
+        row = MembershipAuc(score=name, k=0.6 if "min_k" in name else None)  # type: ignore[arg-type]
+        report = evaluate(
+            model, row, forget=forget, others={"holdout": holdout}, oracle=oracle, random=False
+        )
+        both = (score(Predictions(model, p, reference=oracle)) for p in (forget, holdout))
+        assert report.value("membership_auc", column="before") == auc(*both).estimate, name
+    with pytest.raises(PromptError, match="zlib_loss has no fraction k"):
+        MembershipAuc(score="zlib_loss", k=0.2)
+    with pytest.raises(PromptError, match="expected a score among nll, "):
+        MembershipAuc(score="loss")  # type: ignore[arg-type]
+
+
+def test_numbers_of_other_toolkits(models: tuple[Any, Any], facts: dict[str, PromptSet]) -> None:
+    model, oracle = models
+    forget, holdout = facts["forget"][:12], facts["holdout"][:12]
+    name: Any = "open-unlearning"
+    sets: Any = {"forget": forget, "others": {"holdout": holdout}}
+
+    def of(metric: Any, net: Any, prompts: PromptSet, **settings: Any) -> Any:
+        return metric(net, prompts, compat=name, **settings)
+
+    alone = evaluate(model, PrivLeak(compat=name), **sets)
+    theirs = privleak(
+        of(min_k, model, forget, k=0.4), of(min_k, model, holdout, k=0.4), compat=name
+    )
+    assert alone.value("priv_leak", column="before") == theirs.estimate
+    assert PrivLeak().needs[0][1].keywords == {"k": 0.4}  # type: ignore[attr-defined]
+    assert (
+        evaluate(model, PrivLeak(compat="muse"), **sets).value("priv_leak", column="before") is None
+    )
+
+    row = ModelUtility(kept=("forget",), chosen=("holdout",), compat=name)
+    utility = model_utility({
+        "forget": (
+            likelihood(model, forget), rouge(model, forget, max_new_tokens=200),
+            of(truth_ratio, model, forget, aggregate="better"),
+        ),
+        "holdout": (
+            of(normalised_probability, model, holdout), rouge(model, holdout, max_new_tokens=200),
+            of(truth_ratio, model, holdout, aggregate="better"),
+        ),
+    })  # fmt: skip
+    (line,) = evaluate(model, row, **sets).lines
+    assert line.value("before") == utility.estimate
+
+    quality = forget_quality(of(truth_ratio, model, forget), of(truth_ratio, oracle, forget))
+    both = evaluate(model, ForgetQuality(compat=name), oracle=oracle, **sets)
+    assert both.value("forget_quality", column="before") == quality.estimate
+    with pytest.raises(PromptError, match="expected compat to be 'open-unlearning' or 'tofu'"):
+        evaluate(model, ForgetQuality(compat="muse"), **sets)  # type: ignore[arg-type]
 
 
 def test_rewritten_facts(models: tuple[Any, Any], facts: dict[str, PromptSet]) -> None:
