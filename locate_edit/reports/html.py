@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from locate_edit.reports.report import Cell, Line, Report, number, without_doubles
+from locate_edit.reports.layers import CARRIES, FITS
+from locate_edit.reports.report import Cell, Line, Report, number, signed, without_doubles
+from locate_edit.reports.robustness import BROKEN, RECOVERED, Outcome
 from locate_edit.reports.states import COLUMNS, TITLES
-from locate_edit.reports.text import NO_SIDE_EFFECTS, SIDE_EFFECTS, answers
+from locate_edit.reports.text import answers, remarks, side_effects_in_words, where_in_words
 
 if TYPE_CHECKING:
     from locate_edit.reports.examination import Examination
@@ -21,7 +23,7 @@ __all__ = ["at_a_glance", "page", "tables", "whole_page"]
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #202124; max-width: 62rem; margin: 2rem auto; padding: 0
+body { font: 16px/1.55 system-ui, sans-serif; color: #202124; max-width: 66rem; margin: 2rem auto; padding: 0
 1.25rem; } h1 { font-size: 1.7rem; margin-bottom: .4rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .summary { background: #f1f6fb; border-left: 4px solid #0072B2; padding: .6rem 1.1rem .9rem; border-radius: 4px; }
 .summary dd { margin-left: 0; }
@@ -34,8 +36,11 @@ tr.set td { background: #f7f8fa; font-weight: 600; }
 code, pre { font: .88rem/1.45 ui-monospace, monospace; } pre { background: #f7f8fa; padding: .8rem 1rem; overflow-x:
 auto; } img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
 td code { display: inline-block; min-width: 6.3rem; overflow-wrap: anywhere; }
-td.q { min-width: 11rem; } td.a { min-width: 13rem; }
+td.q { min-width: 11rem; } td.a { min-width: 12rem; } td.o { min-width: 11rem; }
+td.w small { white-space: normal; min-width: 8rem; }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0 0 .3rem 1.2rem; }
+@media print { html, body { font-size: 11px; } body { max-width: none; margin: 0; padding: 0; }
+.wide { overflow: visible; } tr, figure { break-inside: avoid; } }
 """
 
 _BETTER = {
@@ -47,15 +52,28 @@ _BETTER = {
 _ATTACKS = (
     "What an edit took may only be hidden. Each attack tries to bring the answers back, told nothing of the edit. "
     "Bold: what it gets out of the model, larger is more, with its 95% interval over prompts; below it what the model "
-    "says without the attack, and what becomes of prompts that it should answer anyway. An attack counts only where it "
-    "finds what is surely hidden, a control made for it; and only what it gets beyond a model that never knew is "
-    "knowledge."
+    "gives without the attack, and what becomes of prompts that it should answer anyway. The control is a model that "
+    "surely hides the answers: an attack counts only where it finds them there."
 )
+_MARGIN = " One that adds less than {margin:g} to its control has no number here."
+_OUTCOMES: Mapping[Outcome, str] = {
+    "brings answers back": "the attack adds to what the model gives without it, adds more than to a model that never "
+    "knew (the oracle), and ends above that; the 95% intervals of all three differences lie above 0.",
+    "rises": "the attack adds to what the model gives without it, but there is no oracle to tell whether it would add "
+    "as much to a model that never knew.",
+    "stays above the oracle": "the model gives more than the oracle under the attack, but not because of the attack: "
+    "the answers are not forgotten rather than hidden.",
+    "breaks the model": f"nothing came back, and of what the model should know anyway less than {BROKEN:.0%} is left: "
+    "this says nothing about the edit.",
+    "nothing shown": "none of the others, with so many prompts. Another attack, or more prompts, may show something.",
+    "too few prompts": "it takes two to tell an interval.",
+}
 _LAYERS = (
     "The answers may be silenced at the end and still be there on the way. So the inner state of a model is put into "
-    "the original model after one layer at a time: where that goes on to give the answer, the layer still carried it. "
-    "Layers below the lowest edited one are as they were. Hatched cells say nothing, because answers that every model "
-    "knows are lost there too."
+    "the original model after one layer at a time: where that goes on to give the answers, with at least "
+    f"{CARRIES:.0%} of their likelihood, the layer still carries them. Layers below the lowest edited one are as they "
+    f"were. Where answers that every model knows keep less than {FITS:.0%} of their likelihood, the state does not fit "
+    "into the original model, and nothing can be told (hatched)."
 )
 _COLUMN_HELP = {
     "before": "the model as it was",
@@ -127,41 +145,90 @@ def _numbers(report: Report) -> str:
 
 
 def _attacks(found: Robustness) -> str:
-    """A row for each attack: what it measures without and under it, in every state of the model."""
+    """A row for each attack: what it shows, and what it measures without and under it in every state of the model."""
     states = [state for state in COLUMNS if state in found.models]
     head = "".join(f'<th class="n">{escape(TITLES[state])}</th>' for state in states)
+    of = found.settings.get("forget", {}).get("prompts")
     rows = []
     for trial in found.trials:
-        title = f'<td class="a">{escape(trial.title)}<small>{escape(trial.does)}</small></td>'
+        title = _small_print(f"{escape(trial.title)}", _tried(trial, of))
         if trial.withheld:
             why = f"no number: {trial.withheld}"
-            rows.append(
-                f'<tr>{title}<td class="muted" colspan="{len(states) + 1}">{escape(why)}</td></tr>'
-            )
-            continue
-        cells = "".join(_attacked(trial, state) for state in states)
-        rows.append(f"<tr>{title}{cells}<td>{escape(trial.outcome())}</td></tr>")
-    return (
-        f"<h2>Is it gone, or only hidden?</h2><p>{escape(_ATTACKS)}</p>"
-        f'<div class="wide"><table><thead><tr><th>attack</th>{head}<th>what it shows</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+            cells = f'<td class="muted" colspan="{len(states) + 1}">{escape(why)}</td>'
+        else:
+            shown = _small_print(f"<b>{escape(trial.outcome())}</b>", _differences(trial))
+            cells = f'<td class="o">{shown}</td>' + "".join(_attacked(trial, s) for s in states)
+        rows.append(f'<tr><td class="a">{title}</td>{cells}</tr>')
+    margin = found.settings.get("margin") if found.settings.get("controls") else None
+    said = _ATTACKS + ("" if margin is None else _MARGIN.format(margin=margin))
+    outcomes = {trial.outcome() for trial in found.trials}
+    meaning = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>"
+        for name, text in _OUTCOMES.items()
+        if name in outcomes
     )
+    return (
+        f"<h2>Is it gone, or only hidden?</h2><p>{escape(said)}</p>"
+        f'<div class="wide"><table><thead><tr><th>attack</th><th>what it shows of the edit</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>{f'<dl>{meaning}</dl>' if meaning else ''}"
+    )
+
+
+def _small_print(first: str, below: Sequence[str]) -> str:
+    """A cell: its first line (HTML), and small ones (text) below it."""
+    return first + "".join(f"<small>{escape(each)}</small>" for each in below)
+
+
+def _tried(trial: Trial, of: int | None) -> list[str]:
+    """What an attack does, on how many prompts, and what it made of its control."""
+    said = [trial.does]
+    if trial.found:
+        n = len(trial.found.get("after", next(iter(trial.found.values()))).forget)
+        said.append(f"n = {n}" if of in (None, n) else f"n = {n} of the {of} prompts")
+    if trial.control is not None:
+        hidden, under = trial.control.forget_clean.estimate, trial.control.forget.estimate
+        said.append(f"control: {_plain(hidden)} \u2192 {_plain(under)}")
+    return [each for each in said if each]
+
+
+def _differences(trial: Trial) -> list[str]:
+    """What an outcome follows from: what the attack adds, and how the edited model stands beside the oracle."""
+    given = {
+        "adds": trial.gain(),
+        "more than to the oracle": trial.gain_beyond(),
+        "above the oracle": trial.beyond(),
+    }
+    said = [f"{what}: {_with_interval(each)}" for what, each in given.items() if each is not None]
+    if (steps := trial.recovered()) is not None and steps > 0:
+        said.append(
+            f"{RECOVERED:.0%} of what it gave before the edit is back after {steps:g} steps"
+        )
+    return said
+
+
+def _with_interval(found: tuple[float, float, float]) -> str:
+    middle, low, high = map(_plain, found)
+    return f"{middle if middle.startswith('-') else f'+{middle}'} ({low}\u00a0to\u00a0{high})"
+
+
+def _plain(measure: float | None) -> str:
+    """A measure of an attack, mostly between 0 and 1; smaller digits would only hide the others."""
+    return "-" if measure is None else f"{round(measure, 3) + 0.0:.3f}"  # no "-0.000"
 
 
 def _attacked(trial: Trial, state: str) -> str:
     """The measure under an attack with its interval, and small below it that without the attack and that on retain."""
     found = trial.found.get(state)
-    if found is None:
-        return f'<td class="n muted" title="{escape(trial.failed.get(state, ""))}">-</td>'
+    if found is None or trial.reason(state):
+        why = trial.reason(state)
+        return f'<td class="n w muted">-<small>{escape(why)}</small></td>'
     span = found.forget.interval()
-    under = number(found.forget.estimate)
-    between = "" if span is None else f" [{number(span[0])}, {number(span[1])}]"
-    small = [f"without: {number(found.forget_clean.estimate)}"]
+    small = [] if span is None else [f"{_plain(span[0])} to {_plain(span[1])}"]
+    small.append(f"without: {_plain(found.forget_clean.estimate)}")
     if found.retain is not None and found.retain_clean is not None:
-        kept = f"{number(found.retain_clean.estimate)} to {number(found.retain.estimate)}"
+        kept = f"{_plain(found.retain_clean.estimate)} \u2192 {_plain(found.retain.estimate)}"
         small.append(f"retain: {kept}")
-    below = "".join(f"<small>{escape(each)}</small>" for each in small)
-    return f'<td class="n"><b>{under}</b>{escape(between)}{below}</td>'
+    return f'<td class="n">{_small_print(f"<b>{_plain(found.forget.estimate)}</b>", small)}</td>'
 
 
 def _layers(found: Layers) -> str:
@@ -253,38 +320,44 @@ def _examples(report: Report) -> str:
 def _side_effects(report: Report) -> str:
     if report.side_effects is None or not report.n_elsewhere:
         return ""
+    said = f"<h2>What else changed</h2><p>{escape(side_effects_in_words(report))}</p>"
     if not report.side_effects:
-        none = NO_SIDE_EFFECTS.format(n=report.n_elsewhere)
-        return f"<h2>What else changed</h2><p>{escape(none)}</p>"
+        return said
     states = [c for c in TITLES if any(c in e.likelihood for e in report.side_effects)]
     head = "".join(f'<th class="n">{escape(TITLES[column])}</th>' for column in states)
     rows = "".join(
         f"<tr><td>{escape(effect.prompts)}</td>"
         f'<td class="q"><code>{escape(effect.prompt)}</code></td>'
         f"<td><code>{escape(effect.target)}</code></td>"
+        f'<td class="n">{signed(effect.change)}</td>'
         + "".join(f'<td class="n">{number(effect.likelihood.get(c))}</td>' for c in states)
         + "</tr>"
         for effect in report.side_effects
     )
     return (
-        f"<h2>What else changed</h2><p>{escape(SIDE_EFFECTS.format(n=report.n_elsewhere))}</p>"
-        f'<div class="wide"><table><thead><tr><th>prompts</th><th>prompt</th><th>answer</th>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f'{said}<div class="wide"><table><thead><tr><th>prompts</th><th>prompt</th><th>answer</th>'
+        f'<th class="n">change</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
 def _where(report: Report) -> str:
-    sites = report.mask.get("sites")
-    if not isinstance(sites, dict) or not sites:
+    added = [str(part) for part in report.edit.get("additions", ())]
+    changed = report.edit.get("entries_changed") != 0
+    sites = report.mask.get("sites") if changed else None
+    places = {site: n for site, n in sites.items() if n} if isinstance(sites, dict) else {}
+    if not (places or added or (report.edit and not changed)):
         return ""
+    said = where_in_words(report) if places or not changed else ""
+    if added:
+        said += f" Added to the model: {', '.join(added)}."
     rows = "".join(
-        f'<tr><td>{escape(str(site))}</td><td class="n">{count}</td></tr>'
-        for site, count in sites.items()
-        if count
+        f'<tr><td>{escape(str(site))}</td><td class="n">{n}</td></tr>' for site, n in places.items()
     )
-    return (
-        "<h2>Where the model was changed</h2><p>Everything outside these places is bit for bit as it was.</p>"
-        f"<table><thead><tr><th>place</th><th class='n'>units</th></tr></thead><tbody>{rows}</tbody></table>"
+    return f"<h2>Where the model was changed</h2><p>{escape(said.strip())}</p>" + (
+        "<table><thead><tr><th>place</th><th class='n'>units</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
+        if rows
+        else ""
     )
 
 
@@ -301,18 +374,10 @@ def _definitions(report: Report) -> str:
 
 
 def _notes(report: Report, more: Sequence[str] = ()) -> str:
-    notes = [*report.notes, *more]
-    for line in report.lines:
-        notes += [f"{line.key}, {TITLES[c]}: {n.note}" for c, n in line.cells.items() if n.note]
-    notes += [
-        f"{key}, {TITLES[column]}: not measured; {why}" for key, column, why in report.withheld()
-    ]
+    notes = dict.fromkeys([*report.notes, *more, *remarks(report)])
     if not notes:
         return ""
-    # The same remark about every state is one remark.
-    return (
-        f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(n)}</li>' for n in dict.fromkeys(notes))}</ul>"
-    )
+    return f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"
 
 
 def _settings(report: Report) -> str:

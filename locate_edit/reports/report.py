@@ -32,6 +32,7 @@ __all__ = [
     "SideEffect",
     "number",
     "plain",
+    "signed",
     "without_doubles",
 ]
 
@@ -131,7 +132,7 @@ class Example:
 
 @dataclass(frozen=True)
 class SideEffect:
-    """A prompt outside the forget set that the model knows less well after the edit.
+    """A prompt outside the forget set whose answer the edit made less, or more, probable.
 
     Attributes:
         prompts: name of its prompt set.
@@ -148,9 +149,9 @@ class SideEffect:
     likelihood: Mapping[str, float]
 
     @property
-    def fall(self) -> float:
-        """Likelihood before minus likelihood after."""
-        return self.likelihood["before"] - self.likelihood["after"]
+    def change(self) -> float:
+        """Likelihood after minus likelihood before."""
+        return self.likelihood["after"] - self.likelihood["before"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,8 +168,8 @@ class Report:
         examples: what the model says.
         notes: what a reader must know.
         undo: how to take the edit back, in lines of code or shell.
-        side_effects: the prompts outside the forget set whose likelihood fell most, largest fall first; None where
-            nobody looked.
+        side_effects: the prompts outside the forget set whose likelihood changed most, largest change first; None
+            where nobody looked.
     """
 
     lines: tuple[Line, ...]
@@ -475,7 +476,9 @@ class Report:
         parts = ["\u2191 \u2193: larger, smaller means that the model knows the texts better"]
         level = self.settings.get("level")
         if not intervals:
-            parts.append("intervals are in the report")
+            parts.append(
+                f"intervals: in {_WIDTH_WITH_INTERVALS} columns or more, and in a saved report"
+            )
         elif level is not None and any(
             cell.low is not None for line in self.lines for cell in line.cells.values()
         ):
@@ -507,6 +510,11 @@ def number(value: float | None) -> str:
         return f"{value:,.0f}"
     digits = max(0, 2 - math.floor(math.log10(size)))
     return f"{value:.{digits}f}"
+
+
+def signed(value: float) -> str:
+    """A change as people write it: `number` with its sign."""
+    return f"+{number(value)}" if value > 0 else number(value)
 
 
 def _finite(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What an edit changed that it was not asked to: the prompts outside the forget set whose likelihood fell most."""
+"""What an edit changed that it was not asked to: the prompts outside the forget set whose likelihood changed most."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LEAST", "shown_text", "side_effects"]
 # Longer targets are cut: they are there to be looked at.
 SHOWN_TOKENS = 40
 LEAST = 0.01
-"""Falls in likelihood below this are not listed (probability)."""
+"""Changes of likelihood below this are not listed (probability)."""
 
 
 def side_effects(
@@ -25,7 +25,9 @@ def side_effects(
     top: int = 10,
     least: float = LEAST,
 ) -> tuple[SideEffect, ...]:
-    """The ``top`` prompts outside the forget set whose likelihood fell most from before to after, largest fall first.
+    """The ``top`` prompts outside the forget set whose likelihood changed most from before to after, largest first.
+
+    Rises count like falls: an edit was to do neither.
 
     A prompt that the forget set asks too is no side effect: one of the same words, or of the same `group` and `target`
     in other words. Rows without a group count, since only whoever made the sets can tell. Ties keep the order of the
@@ -36,7 +38,7 @@ def side_effects(
         sets: the prompt sets by name.
         forget: name of the set that the edit was to change.
         top: how many at most.
-        least: how far a likelihood must have fallen (probability).
+        least: how far a likelihood must have moved, up or down (probability).
     """
     if not {"before", "after"} <= likelihoods.keys():
         return ()
@@ -53,12 +55,12 @@ def side_effects(
         }
         for item, before in by_item.get("before", {}).items():
             after = by_item.get("after", {}).get(item)
-            if after is None or before - after < least or _asks(prompts, item) & asked:
+            if after is None or abs(after - before) < least or _asks(prompts, item) & asked:
                 continue
             numbers = {c: by_item[c][item] for c in COLUMNS if item in by_item.get(c, {})}
             # The words of most of them are never shown, so they are looked up afterwards.
             found.append(SideEffect(name, item, "", "", numbers))
-    found.sort(key=lambda effect: -effect.fall)
+    found.sort(key=lambda effect: -abs(effect.change))
     return tuple(
         SideEffect(e.prompts, e.item, *shown_text(sets[e.prompts], e.item), e.likelihood)
         for e in found[:top]

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from locate_edit.reports.report import Cell, Line, Report, number
+from locate_edit.reports.report import Cell, Line, Report, SideEffect, number, signed
 from locate_edit.reports.side_effects import LEAST
 from locate_edit.reports.states import TITLES
 
-__all__ = ["NO_SIDE_EFFECTS", "SIDE_EFFECTS", "answers", "markdown", "summary"]
-
-SIDE_EFFECTS = (
-    "Of the {n:,} prompts outside the forget set, those whose likelihood (geometric mean of the probabilities of the "
-    "answer's tokens) fell most. They are the extremes of many, so some fall by chance: what the random mask does to "
-    "the same prompts tells how much of it any change of this size does."
-)
-"""What stands above the table of side effects; ``n`` is the number of prompts."""
-NO_SIDE_EFFECTS = f"Of none of the {{n:,}} prompts outside the forget set the likelihood fell by {LEAST:g} or more."
-"""What stands in its place where there are none."""
-
+__all__ = ["answers", "markdown", "remarks", "side_effects_in_words", "summary", "where_in_words"]
 
 # The distance headline has its own sentence; these are not the metric the other sentences are about.
 _DISTANCES = ("oracle_distance", "oracle_kl")
@@ -53,13 +44,36 @@ def _what(mask: Mapping[str, Any], edit: Mapping[str, Any], model: Mapping[str, 
     if not edit:
         return f"Measured on {name}, without an edit."
     method = str(edit.get("method", {}).get("name", "The edit"))
+    added = _added(edit)
+    if edit.get("entries_changed") == 0:
+        if not added:
+            return f"{method} changed nothing: every weight of {name} is bit for bit as it was."
+        return f"{method} changed no weight of {name}. It added: {added}."
+    more = f" It added: {added}." if added else ""
     if not mask:
-        return f"{method} was free to change all weights of {name}."
+        return f"{method} was free to change all weights of {name}.{more}"
     share = mask.get("fraction_of_parameters")
     part = f", {share:.2%} of its parameters" if isinstance(share, float) else ""
-    kinds = " and ".join(str(kind) for kind in mask.get("kinds", ())) or "unit"
-    plural = "s" if mask.get("units") != 1 else ""
-    return f"{method} changed only {mask.get('units'):,} of the {mask.get('of'):,} {kinds}{plural} of {name}{part}."
+    units, of = mask.get("units"), mask.get("of")
+    kinds = [str(kind) for kind in mask.get("kinds", ())] or ["unit"]
+    what = " and ".join(kind if of == 1 else f"{kind}s" for kind in kinds)
+    count = f"all {of:,}" if units == of else f"only {units:,} of the {of:,}"
+    return f"{method} changed {count} {what} of {name}{part}.{more}"
+
+
+def _added(edit: Mapping[str, Any]) -> str:
+    """What an edit added to the model beside its weights, in a few words."""
+    parts = [str(part) for part in edit.get("additions", ())]
+    if len(parts) > 3:
+        parts = [*parts[:2], f"{len(parts) - 2} more of them"]
+    return ", ".join(parts)
+
+
+def where_in_words(report: Report) -> str:
+    """What became of the weights outside the places that the mask names."""
+    if report.edit.get("entries_changed") == 0:
+        return "No weight was changed: all of them are bit for bit as they were."
+    return "Every weight outside these places is bit for bit as it was."
 
 
 def _headline(report: Report, prompts: str) -> Line | None:
@@ -131,27 +145,60 @@ def _cost_elsewhere(report: Report) -> str:
 
 
 def _distance(report: Report) -> str:
-    lines = [line for line in report.of_set("forget") if line.metric == "oracle_distance"]
-    if not lines or lines[0].value("after") is None:
+    """How far it is from a retrained model; of the two forms of the distance the one with a unit, if there is one."""
+    lines = {line.metric: line for line in report.of_set("forget") if line.metric in _DISTANCES}
+    found = [lines[name] for name in _DISTANCES if name in lines]
+    line = next((each for each in found if each.value("after") is not None), None)
+    if line is None:
         return ""
-    line = lines[0]
-    after, before = line.value("after") or 0.0, line.value("before")
-    was = "" if before is None else f" (before: {number(before)})"
-    if before is not None and after > 0.9 * before:
-        verdict = (
-            "no nearer than before the edit. Where a model that never learned them makes a confident guess of its own, "
-            "forgetting does not bring another model to the same guess"
-        )
-    elif after <= 1.0:
-        verdict = "it cannot be told from a retrained model by this measure"
-    elif after <= 2.0:
-        verdict = "close to a retrained model"
-    else:
-        verdict = "still far from a retrained model"
-    return (
-        f"Its distance from a model retrained without these prompts is {number(after)}{was}, where 1.0 is the distance "
-        f"between two such models: {verdict}."
+    after, before = line.cells["after"], line.cells.get("before", Cell(None))
+    was = "" if before.value is None else f" (before: {before})"
+    said = "Its distance from a model retrained without these prompts is"
+    far = _no_nearer(report, after, before)
+    doubt = (
+        ", though this interval and that before the edit overlap" if _overlap(after, before) else ""
     )
+    if line.metric == "oracle_distance":
+        verdict = far or f"{_closeness(after.value or 0.0)}{doubt}"
+        return f"{said} {after}{was}, where 1.0 is the distance between two such models: {verdict}."
+    return (
+        f"{said} {after} {line.unit}{was}{f': {far}' if far else doubt}. How near that is takes a second retrained "
+        "model to tell: the distance between two of them is the unit."
+    )
+
+
+def _closeness(distance: float) -> str:
+    """A distance in units of that between two retrained models, in words."""
+    if distance <= 1.0:
+        return "it cannot be told from a retrained model by this measure"
+    return "close to a retrained model" if distance <= 2.0 else "still far from a retrained model"
+
+
+def _no_nearer(report: Report, after: Cell, before: Cell) -> str:
+    """That an edit brought a model no nearer to a retrained one, or hardly; nothing where it did by a tenth."""
+    if after.value is None or before.value is None or after.value <= 0.9 * before.value:
+        return ""
+    said = f"{'no' if after.value > (1 - LEAST) * before.value else 'hardly'} nearer than before the edit"
+    line = _headline(report, "forget")
+    if line is None or not _fell(line):
+        return said
+    return (
+        f"{said}, although the prompts are known less well. Where a model that never learned them makes a confident "
+        "guess of its own, forgetting does not bring another model to the same guess"
+    )
+
+
+def _overlap(one: Cell, other: Cell) -> bool:
+    """Whether two intervals overlap."""
+    ends = (one.low, one.high, other.low, other.high)
+    low, high, least, most = (end if end is not None else math.nan for end in ends)
+    return low <= most and least <= high
+
+
+def _fell(line: Line) -> bool:
+    """Whether the texts are known less well after the edit, by a tenth or more."""
+    before, after = (line.value(c) or 0.0 for c in ("before", "after"))
+    return before <= 0.9 * after if line.direction == "down" else after <= 0.9 * before
 
 
 def _elsewhere(report: Report) -> str:
@@ -162,7 +209,59 @@ def _elsewhere(report: Report) -> str:
             moved.append(
                 f"{name} {line.title} {number(line.value('before'))} to {number(line.value('after'))}"
             )
-    return f"Elsewhere: {'; '.join(moved)}." if moved else ""
+    said = [f"Elsewhere: {'; '.join(moved)}."] if moved else []
+    if report.side_effects:
+        worst = report.side_effects[0]
+        before, after = (number(worst.likelihood[c]) for c in ("before", "after"))
+        said.append(
+            f"Of single prompts \u201c{_short(worst)}\u201d ({worst.prompts}) changed most, from {before} to {after}."
+        )
+    elif report.side_effects is not None and report.n_elsewhere:
+        said.append(side_effects_in_words(report))
+    return " ".join(said)
+
+
+def _short(effect: SideEffect, most: int = 60) -> str:
+    """The words of a prompt and its answer, the end of them where they are long."""
+    text = " ".join(f"{effect.prompt}{effect.target}".split())
+    return text if len(text) <= most else f"\u2026{text[-most:]}"
+
+
+def side_effects_in_words(report: Report) -> str:
+    """What stands above the table of the prompts outside the forget set that changed most, or in its place."""
+    if not report.side_effects:
+        return (
+            f"Of none of the {report.n_elsewhere:,} prompts outside the forget set the likelihood changed by "
+            f"{LEAST:g} or more."
+        )
+    said = (
+        f"Of the {report.n_elsewhere:,} prompts outside the forget set, those whose likelihood (geometric mean of the "
+        "probabilities of the answer's tokens) changed most, whether it fell or rose. They are the extremes of many, "
+        "so some of this is chance"
+    )
+    if not any("random" in effect.likelihood for effect in report.side_effects):
+        return f"{said}."
+    return f"{said}: what the random mask does to the same prompts tells how much of it any edit of this size does."
+
+
+def remarks(report: Report) -> list[str]:
+    """What a reader must know about the numbers: each remark once, with the lines and states that it is about."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for line in report.lines:
+        for column, cell in line.cells.items():
+            for said in (cell.note, cell.withheld and f"not measured; {cell.withheld}"):
+                if said:
+                    found.setdefault(said, {}).setdefault(line.key, []).append(TITLES[column])
+    remarked = []
+    for said, where in found.items():
+        # Lines that it is about in the same states share a remark.
+        together: dict[tuple[str, ...], list[str]] = {}
+        for key, states in where.items():
+            together.setdefault(tuple(states), []).append(key)
+        remarked += [
+            f"{', '.join(keys)} ({', '.join(states)}): {said}" for states, keys in together.items()
+        ]
+    return list(dict.fromkeys([*report.notes, *remarked]))
 
 
 def markdown(report: Report) -> str:
@@ -194,8 +293,7 @@ def markdown(report: Report) -> str:
     defined = {line.title: f"{line.definition} [{line.unit}]" for line in report.lines}
     parts += [f"- **{_cell(title)}**: {_cell(text)}" for title, text in defined.items()]
     parts.append("")
-    notes = [*report.notes, *(f"{key}, {column}: {why}" for key, column, why in report.withheld())]
-    if notes:
+    if notes := remarks(report):
         parts += ["## Notes", "", *(f"- {_cell(note)}" for note in notes), ""]
     if report.undo:
         parts += ["## Undo", "", "```", *report.undo, "```", ""]
@@ -205,15 +303,17 @@ def markdown(report: Report) -> str:
 def _side_effects(report: Report) -> list[str]:
     if report.side_effects is None or not report.n_elsewhere:
         return []
+    parts = ["## What else changed", "", side_effects_in_words(report), ""]
     if not report.side_effects:
-        return ["## What else changed", "", NO_SIDE_EFFECTS.format(n=report.n_elsewhere), ""]
+        return parts
     states = [c for c in TITLES if any(c in e.likelihood for e in report.side_effects)]
-    head = ["prompts", "prompt", "answer", *(TITLES[column] for column in states)]
-    parts = ["## What else changed", "", SIDE_EFFECTS.format(n=report.n_elsewhere), ""]
-    parts += [_row(head), _row(["---", "---", "---", *(["---:"] * len(states))])]
+    head = ["prompts", "prompt", "answer", "change", *(TITLES[column] for column in states)]
+    parts += [_row(head), _row(["---", "---", "---", *(["---:"] * (1 + len(states)))])]
     for effect in report.side_effects:
         numbers = [number(effect.likelihood.get(column)) for column in states]
-        parts.append(_row([effect.prompts, effect.prompt, effect.target, *numbers]))
+        parts.append(
+            _row([effect.prompts, effect.prompt, effect.target, signed(effect.change), *numbers])
+        )
     return [*parts, ""]
 
 

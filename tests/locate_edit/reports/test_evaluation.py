@@ -309,13 +309,13 @@ class Careless(FakeEdit):
             yield SimpleNamespace(model=self.model)
 
 
-def test_side_effects_are_ranked_by_how_far_their_likelihood_fell() -> None:
+def test_side_effects_are_ranked_by_how_far_their_likelihood_moved() -> None:
     # The last item is in the forget set too, in the same words: it fell most and is no side effect.
     more = PromptSet([("c", " a"), ("b", " c a"), ("a", " b")], TOKENIZER, name="m")
     report = evaluate(Careless(), [perplexity], others={"more": more}, random=2)
     effects = report.side_effects or ()
-    # b then a has become more likely, so it is missing; equal falls keep the order of the sets.
-    expected = [("retain", 0), ("retain", 2), ("more", 1), ("more", 0)]
+    # Equal changes keep the order of the sets; b then a has become more likely, the least of all.
+    expected = [("retain", 0), ("retain", 2), ("more", 1), ("more", 0), ("retain", 1)]
     assert [(effect.prompts, effect.item) for effect in effects] == expected
     assert (effects[2].prompt.strip(), effects[2].target.split()) == ("b", ["c", "a"])
     # The random column is the mean of two masks, 0.7 and 0.6.
@@ -329,9 +329,10 @@ def test_side_effects_are_ranked_by_how_far_their_likelihood_fell() -> None:
         },
         {"before": 0.6, "after": 0.55, "random": 0.6},
     ]
-    for effect, numbers in zip(effects, by_hand, strict=True):
+    for effect, numbers in zip(effects[:4], by_hand, strict=True):
         assert effect.likelihood == pytest.approx(numbers, rel=1e-5)
-    assert effects[0].fall == pytest.approx(0.3, rel=1e-5)
+    assert effects[0].change == pytest.approx(-0.3, rel=1e-5)
+    assert effects[4].change == pytest.approx((0.5 - 0.2) / 9, rel=1e-5)
     assert report.n_elsewhere == 6
 
 
@@ -353,6 +354,12 @@ def test_the_same_question_in_other_words_is_no_side_effect() -> None:
     }
     assert [effect.item for effect in side_effects(likelihoods, sets)] == [1, 2, 3]
     assert [effect.item for effect in side_effects(likelihoods, sets, least=0.6)] == [1, 2]
+    # A rise counts like a fall.
+    likelihoods["after"] = {"more": values(0.9, 0.8, 0.9, 0.9)}
+    likelihoods["before"] = {"more": values(0.9, 0.9, 0.4, 0.9)}
+    risen, fallen = side_effects(likelihoods, sets)
+    assert (risen.item, fallen.item) == (2, 1)
+    assert risen.change == pytest.approx(0.5)
 
 
 def test_ten_side_effects_at_most_and_none_without_an_edit() -> None:
@@ -360,7 +367,7 @@ def test_ten_side_effects_at_most_and_none_without_an_edit() -> None:
     careless.retain = PromptSet([("b", " c")] * 12, TOKENIZER, name="r")
     assert len(evaluate(careless, [likelihood]).side_effects or ()) == 10
     assert evaluate(careless.model, [likelihood], retain=careless.retain).side_effects is None
-    only = PromptSet([("b", " a")], TOKENIZER, name="r")
+    only = PromptSet([("a", " b")], TOKENIZER, name="r")  # what the forget set asks
     assert evaluate(careless, [likelihood], retain=only).side_effects == ()
 
 

@@ -21,7 +21,7 @@ from circuits.draw import figure_data
 from locate_edit.draw._style import COLOURS
 from locate_edit.draw.report import before_after, metric_panel, oracle_panel
 from locate_edit.reports.report import Cell, Example, Line, Report, SideEffect, number
-from locate_edit.reports.text import NO_SIDE_EFFECTS, answers
+from locate_edit.reports.text import answers
 
 
 def line(
@@ -80,13 +80,15 @@ def test_side_effects_are_in_every_form() -> None:
     assert Report.from_json(data).side_effects == (HARMED,)
     del data["side_effects"]  # as reports were before there were any
     assert Report.from_json(data).side_effects is None
-    row = "| retain | Where \\| is &lt;b>Bo&lt;/b>? | in \\| Oslo | 0.913 | 0.277 | 0.900 |"
+    row = (
+        "| retain | Where \\| is &lt;b>Bo&lt;/b>? | in \\| Oslo | -0.636 | 0.913 | 0.277 | 0.900 |"
+    )
     text = report.to_markdown()
     assert row in text.splitlines()
     assert "Of the 20 prompts outside the forget set" in text
     page = report.to_html()
     assert "<b>Bo</b>" not in page
-    cells = "".join(f'<td class="n">{n}</td>' for n in ("0.913", "0.277", "0.900"))
+    cells = "".join(f'<td class="n">{n}</td>' for n in ("-0.636", "0.913", "0.277", "0.900"))
     assert f"<td><code> in | Oslo</code></td>{cells}" in page
     for form in (sample().to_markdown(), sample().to_html()):
         assert "What else changed<" not in form
@@ -94,7 +96,10 @@ def test_side_effects_are_in_every_form() -> None:
     none = sample(side_effects=())
     assert Report.from_json(none.to_json()).side_effects == ()
     for form in (none.to_markdown(), none.to_html()):
-        assert NO_SIDE_EFFECTS.format(n=20) in form
+        assert (
+            "Of none of the 20 prompts outside the forget set the likelihood changed by 0.01"
+            in form
+        )
 
 
 # ---- numbers and look-up -------------------------------------------------------------------------
@@ -184,7 +189,7 @@ def test_the_summary_says_what_happened() -> None:
         in text
     )
     assert (
-        "is 1.50 (before: 40.0), where 1.0 is the distance between two such models: close to"
+        "is 1.50 [1.35, 1.65] (before: 40.0 [36.0, 44.0]), where 1.0 is the distance between two such models: close to"
         in text
     )
     assert "Elsewhere: retain likelihood 0.900 to 0.880." in text
@@ -232,7 +237,7 @@ def test_the_summary_does_not_praise_a_distance_that_did_not_fall() -> None:
         line("likelihood", "forget", likelihood),
     )
     text = sample(lines=lines).summary
-    assert "is 1.57 (before: 1.56)" in text
+    assert "is 1.57 [1.41, 1.73] (before: 1.56 [1.40, 1.72])" in text
     assert "no nearer than before the edit" in text
     assert "close to a retrained model" not in text
 
@@ -246,7 +251,7 @@ def test_markdown_keeps_foreign_text_inside_its_cell() -> None:
     )  # five cells: set, prompt, target, before, after
     assert "&lt;b>number" in row
     assert "<script>" not in text
-    assert "- forget.exposure, before: needs: digits" in text
+    assert "- forget.exposure (before): not measured; needs: digits" in text
 
 
 def test_a_narrow_table_leaves_the_intervals_out_and_says_where_they_are() -> None:
@@ -255,7 +260,7 @@ def test_a_narrow_table_leaves_the_intervals_out_and_says_where_they_are() -> No
     text = narrow.export_text()
     assert "0.98" in text
     assert "[0.882" not in text
-    assert "intervals are in the report" in text
+    assert "intervals: in 120 columns or more, and in a saved report" in " ".join(text.split())
     assert max(len(row) for row in text.splitlines()) <= 80
 
 
@@ -322,7 +327,7 @@ def test_the_page_is_self_contained_and_escapes_foreign_text() -> None:
     assert "a note with <script>alert(1)</script>" in text
     assert "Ann's <b>number</b> is" in text
     assert "edit.undo()" in text
-    assert "forget.exposure, before: not measured; needs: digits" in text
+    assert "forget.exposure (before): not measured; needs: digits" in text
     assert "0.09 to 0.11" in text.replace("0.0900", "0.09").replace("0.110", "0.11")
 
 
