@@ -78,29 +78,34 @@ def figure_of(ax: Axes) -> Any:
 # ---- the numbers behind a figure ----------------------------------------------------------------------------------
 
 
-def provide(ax: Axes, rows: Callable[[], list[Row]]) -> None:
+def provide(drawn: Axes | Figure, rows: Callable[[], list[Row]]) -> None:
     """Remember how to make the rows of what has been drawn."""
-    _ROWS[ax] = rows
+    _ROWS[drawn] = rows
 
 
-def figure_data(ax: Axes) -> list[Row]:
-    """What axes of this package show, as one dictionary per mark (cell, bar, point, edge, token).
+def figure_data(drawn: Axes | Sequence[Axes] | Figure) -> list[Row]:
+    """What a figure of this package shows, as one dictionary per mark (cell, bar, point, edge, token).
+
+    Args:
+        drawn: what the function that drew it returned.
 
     Raises:
-        LocateEditError: nothing was drawn there by `circuits.draw`.
+        LocateEditError: nothing was drawn there by a function of this package.
     """
-    if ax not in _ROWS:
+    if isinstance(drawn, Sequence):
+        return [row for each in drawn for row in figure_data(each)]
+    if drawn not in _ROWS:
         raise LocateEditError(
-            "these axes have no data to export: expected the axes that a function of circuits.draw returned"
+            "these axes have no data to export: expected what a function of circuits.draw or locate_edit.draw returned"
         )
-    return _ROWS[ax]()
+    return _ROWS[drawn]()
 
 
-def figure_frame(ax: Axes) -> pd.DataFrame:
+def figure_frame(drawn: Axes | Sequence[Axes] | Figure) -> pd.DataFrame:
     """`figure_data` as a data frame.
 
     Raises:
-        LocateEditError: pandas is not installed, or nothing was drawn there by `circuits.draw`.
+        LocateEditError: pandas is not installed, or nothing was drawn there by a function of this package.
     """
     try:
         import pandas
@@ -108,7 +113,7 @@ def figure_frame(ax: Axes) -> pd.DataFrame:
         raise LocateEditError(
             "a data frame needs pandas, which is not installed: pip install pandas, or use figure_data()"
         ) from None
-    return pandas.DataFrame(figure_data(ax))
+    return pandas.DataFrame(figure_data(drawn))
 
 
 def save_figure(

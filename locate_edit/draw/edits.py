@@ -1,7 +1,7 @@
 """Figures of what an edit did: where the weights moved, before against after, relearning, and several edits at once.
 
-Each function takes ``ax=None`` and returns the axes it drew into; `circuits.draw.figure_data` gives the numbers behind
-them and `circuits.draw.save_figure` writes them.
+Each function takes ``ax=None`` and returns the axes it drew into (`slope_panels` makes a figure and returns a list of
+axes); `circuits.draw.figure_data` gives the numbers behind them and `circuits.draw.save_figure` writes them.
 """
 
 from __future__ import annotations
@@ -268,6 +268,7 @@ def relearning(
     *,
     oracle: Attacked | None = None,
     hues: Sequence[str] | None = None,
+    model: str = "",
     ax: Axes | None = None,
 ) -> Axes:
     """Draw what comes back of the forget prompts as an attack gets stronger: a line for each method.
@@ -280,6 +281,7 @@ def relearning(
         curves: outcomes of one attack, such as `locate_edit.attacks.relearning.Relearning`, by name of the edit.
         oracle: that of the oracle.
         hues: a colour for each of them; None takes the usual ones.
+        model: what to call the model in the footer.
         ax: where to draw.
 
     Raises:
@@ -325,7 +327,10 @@ def relearning(
     ax.spines[["top", "right"]].set_visible(False)
     entitle(ax, "What comes back of the forget prompts")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    footer(ax, count_of(len(first.forget), "prompt"), "whiskers: 95% interval over prompts")
+    footer(
+        ax, f"model: {model}" if model else "", count_of(len(first.forget), "prompt"),
+        "whiskers: 95% interval over prompts",
+    )  # fmt: skip
     provide(ax, lambda: rows)
     return ax
 

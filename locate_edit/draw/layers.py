@@ -1,4 +1,7 @@
-"""Figures of what the layers still carry: the logit lens, the stream put into the original, and what that costs."""
+"""Figures of what the layers still carry: the logit lens, the stream put into the original, and what that costs.
+
+The maps have several panels: each makes a figure and returns it. `circuits.draw.figure_data` gives the numbers of all.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from circuits.draw._style import Row, provide
 from locate_edit.draw._style import free_figure
 from locate_edit.reports.states import TITLES
 
@@ -63,6 +67,16 @@ def lens_map(found: Layers) -> Figure:
     _footer(
         figure, found, f"probability of the target, geometric mean over its tokens; n = {n_items}"
     )
+
+    def data() -> list[Row]:
+        # The first column is the stream before all layers.
+        return [
+            {"state": state, "prompt": found.names[item], "item": item, "layer": k - 1, "probability": float(value)}
+            for state in states
+            for (item, k), value in np.ndenumerate(found.lens[state])
+        ]  # fmt: skip
+
+    provide(figure, data)
     return figure
 
 
@@ -111,6 +125,17 @@ def carried_map(found: Layers) -> Figure:
     _footer(
         figure, found, f"the original model goes on from another state's residual stream; {count}"
     )
+
+    def data() -> list[Row]:
+        return [
+            {"state": state, "prompts": name, "layer": layer, "likelihood": float(value),
+             "fits": found.fits(state)[layer]}
+            for name, part in (("forget", found.carried), ("retain", found.kept))
+            for state in states
+            for layer, value in enumerate(np.nanmean(part[state], axis=0))
+        ]  # fmt: skip
+
+    provide(figure, data)
     return figure
 
 
@@ -148,4 +173,5 @@ def layer_lines(depth: Depth, ax: Axes | None = None) -> Axes:
     axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
+    provide(axes, lambda: [dict(row) for row in depth.rows()])
     return axes

@@ -1,7 +1,7 @@
 """Figures of a report: before against after per metric, and the distance to a retrained model.
 
-Every panel takes `ax=None` and returns its `Axes`. Colours stay apart for colour-blind readers; each figure says in
-its footer which model, unit and number of items it shows.
+Every panel takes `ax=None` and returns its `Axes`; `before_after` makes a figure of them and returns that. Colours
+stay apart for colour-blind readers; each figure says in its footer which model, unit and number of items it shows.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def before_after(report: Report) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     _footer(figure, report, "bars: mean over items")
+    drawn = [line for line in report.lines if line.metric in metrics]
+    provide(figure, lambda: _rows(drawn))
     return figure
 
 

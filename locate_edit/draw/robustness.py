@@ -1,10 +1,10 @@
-"""Figure of what attacks bring back: clean and attacked, by attack and model, forget beside retain."""
+"""Figures of what attacks bring back: by attack and model, and as one attack gets stronger."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from circuits.draw._style import Row, provide
+from circuits.draw._style import Row, count_of, provide
 from locate_edit.draw._style import COLOURS, free_figure
 from locate_edit.draw.edits import relearning
 from locate_edit.errors import EditError
@@ -22,8 +22,9 @@ __all__ = ["attack_curves", "attack_dots"]
 def attack_dots(found: Robustness) -> Axes:
     """Two panels, forget and retain: for each attack and model a hollow dot without the attack and a full one under it.
 
-    A thin bar is the 95% interval over prompts under the attack. Withheld attacks keep their row, without dots. The
-    axes returned are those of the forget panel.
+    A thin bar is the 95% interval over prompts under the attack; beside the attack's name stands how many forget
+    prompts it was tested on. Withheld attacks keep their row, without dots. The axes returned are those of the forget
+    panel; the numbers of both belong to them.
 
     Raises:
         EditError: no attack has numbers.
@@ -58,7 +59,7 @@ def attack_dots(found: Robustness) -> Axes:
         panel.set_xlim(-0.03, 1.03)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(found.trials)), [_label(t.title) for t in found.trials], size=8)
+    panels[0].set_yticks(range(len(found.trials)), [_label(t) for t in found.trials], size=8)
     panels[0].set_ylim(len(found.trials) - 0.5, -0.5)
     handles: list[Any] = [
         Line2D([], [], marker="o", ls="", color=COLOURS[model], label=TITLES[model])
@@ -68,8 +69,9 @@ def attack_dots(found: Robustness) -> Axes:
         Line2D([], [], marker="o", ls="", mfc="white", color="#555555", label="without the attack")
     )
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8
+        handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8
     )
+    figure.supxlabel("; ".join(_about(found)), fontsize=7.5, color="#5f6368")
     first: Axes = panels[0]
     provide(first, lambda: _rows(found))
     return first
@@ -81,6 +83,7 @@ def _rows(found: Robustness) -> list[Row]:
         {
             "attack": trial.name,
             "state": state,
+            "prompts": len(attacked.forget),
             **{
                 what: None if (values := getattr(attacked, what)) is None else values.estimate
                 for what in ("forget_clean", "forget", "retain_clean", "retain")
@@ -91,18 +94,35 @@ def _rows(found: Robustness) -> list[Row]:
     ]
 
 
-def attack_curves(trial: Trial) -> Axes:
+def _about(found: Robustness) -> list[str]:
+    """Of which model the figure is, and what its marks are."""
+    retain = found.settings.get("retain", {}).get("prompts")
+    said = [str(found.settings.get("model") or ""), "n: forget prompts tested"]
+    said.append("" if retain is None else f"retain: {count_of(retain, 'prompt')} at most")
+    return [each for each in (*said, "bars: 95% interval over prompts") if each]
+
+
+def attack_curves(trial: Trial, ax: Axes | None = None, *, model: str = "") -> Axes:
     """What comes back as one attack gets stronger, a line for each state of the model (`draw.edits.relearning`).
 
+    States without a curve, such as the mean of several random masks may be, are left out.
+
+    Args:
+        trial: the attack on every state.
+        ax: where to draw.
+        model: what to call the model in the footer.
+
     Raises:
-        EditError: the attack has no strengths.
+        EditError: no state has strengths.
     """
-    states = [name for name in trial.found if name != "oracle"]
+    drawn = {state: found for state, found in trial.found.items() if found.curve}
+    states = [state for state in drawn if state != "oracle"]
     return relearning(
-        {TITLES[name]: trial.found[name] for name in states},
-        oracle=trial.found.get("oracle"),
-        hues=[COLOURS[name] for name in states],
-        ax=free_figure(7.4, 3.6).add_subplot(),
+        {TITLES[state]: drawn[state] for state in states},
+        oracle=drawn.get("oracle"),
+        hues=[COLOURS[state] for state in states],
+        model=model,
+        ax=free_figure(7.4, 3.6).add_subplot() if ax is None else ax,
     )
 
 
@@ -121,5 +141,10 @@ def _pair(axes: Axes, at: float, clean: Values | None, under: Values | None, col
     axes.plot([before], [at], "o", mfc="white", mec=colour, ms=5, zorder=2)
 
 
-def _label(name: str, width: int = 28) -> str:
-    return name if len(name) <= width else f"{name[: width - 1]}…"
+def _label(trial: Trial, width: int = 28) -> str:
+    """The name of an attack, cut where it is long, and on how many prompts it was tested."""
+    name = trial.title if len(trial.title) <= width else f"{trial.title[: width - 1]}…"
+    if not trial.found:
+        return name
+    tested = trial.found.get("after", next(iter(trial.found.values())))
+    return f"{name}\nn = {len(tested.forget)}"
