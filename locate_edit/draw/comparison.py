@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,29 +63,45 @@ def heat_map(found: Comparison, key: str, ax: Axes | None = None) -> Axes:
 def trade_off(
     found: Comparison, metric: str = "likelihood", keep: str = "retain", ax: Axes | None = None
 ) -> Axes:
-    """A point for each localizer, method and size: ``metric`` on the forget against that on the ``keep`` prompts.
+    """A point for each localizer, method and size: ``metric`` on the ``keep`` prompts to the right, on forget upwards.
 
     Points are means over seeds, larger for more units; colours are localizers and markers methods, and a thin line
-    joins the sizes of one pair. The wide grey line joins the points that no other beats: less on forget and more on
-    ``keep``, or less of both where the metric is the distance to the oracle. Original and oracle are marked; going
-    beyond the oracle on the forget prompts is no merit. Prompts that no method saw (`compare(others=...)`) make the
-    fairer ``keep``.
+    joins the sizes of one pair. The wide grey line joins the points that no other beats: forgotten as far and kept
+    better, or the other way round. What is known less well than the oracle, which never knew, lies in the shaded area:
+    that is no merit, so there only keeping counts. Original and oracle are marked. Prompts that no method saw
+    (`compare(others=...)`) make the fairer ``keep``.
 
     Raises:
         EditError: no cell has that measure.
     """
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    forget, retain = _means(found, f"forget/{metric}"), _means(found, f"{keep}/{metric}")
-    places = sorted((place for place in forget if place in retain), key=_order(found))
-    points = {place: (forget[place], retain[place]) for place in places}
+    forget, kept = _means(found, f"forget/{metric}"), _means(found, f"{keep}/{metric}")
+    places = sorted((place for place in forget if place in kept), key=_order(found))
+    points = {place: (kept[place], forget[place]) for place in places}
     where, how, budgets = (list(dict.fromkeys(place[k] for place in places)) for k in range(3))
     sizes = {budget: 4.0 + 2.5 * n for n, budget in enumerate(sorted(budgets))}
-    axes = ax if ax is not None else free_figure(6.8, 4.2).add_subplot()
-    sign = -1.0 if metric == DISTANCE else 1.0
-    order = pareto([(x, sign * y) for x, y in points.values()])
-    best = [list(points.values())[i] for i in order]
-    front: dict[str, Any] = {"color": "#cccccc", "lw": 6.0, "zorder": 0, "solid_capstyle": "round"}
+    axes = ax if ax is not None else free_figure(7.2, 4.4).add_subplot()
+    known = found.about.get("metrics", {}).get(metric, {})
+    direction = "distance" if metric == DISTANCE else known.get("direction", "up")
+    # Less is more forgotten, and more is better kept, except where a metric falls with knowledge or is a distance.
+    of_forget, of_kept = -1.0 if direction == "down" else 1.0, 1.0 if direction == "up" else -1.0
+    never = None if direction == "distance" else (found.oracle or {}).get(f"forget/{metric}")
+    beyond = {p for p in places if never is not None and of_forget * (forget[p] - never) < 0}
+    order = pareto(
+        [
+            (of_forget * (never if p in beyond and never is not None else y), of_kept * x)
+            for p, (x, y) in points.items()
+        ]
+    )
+    best = [points[places[i]] for i in order]
+    front: dict[str, Any] = {
+        "color": "#cccccc",
+        "lw": 6.0,
+        "zorder": 0.5,
+        "solid_capstyle": "round",
+    }
     axes.plot([x for x, _ in best], [y for _, y in best], label="not beaten", **front)
     for localizer, method in dict.fromkeys(place[:2] for place in places):
         mine = [place for place in places if place[:2] == (localizer, method)]
@@ -108,13 +124,22 @@ def trade_off(
     ]
     handles.append(Line2D([], [], label="not beaten", **front))
     for name, values, marker in (("original", found.original, "D"), ("oracle", found.oracle, "*")):
-        at = [(values or {}).get(f"{part}/{metric}") for part in ("forget", keep)]
-        if (known := [value for value in at if value is not None]) == at:
+        at = [(values or {}).get(f"{part}/{metric}") for part in (keep, "forget")]
+        if (there := [value for value in at if value is not None]) == at:
             handles.append(
-                axes.scatter(known[:1], known[1:], marker=marker, color=BLACK, s=80, label=name)
+                axes.scatter(there[:1], there[1:], marker=marker, color=BLACK, s=80, label=name)
             )
-    axes.set_xlabel(f"{metric}, forget")
-    axes.set_ylabel(f"{metric}, {keep}")
+    if never is not None:
+        low, high = axes.get_ylim()
+        shade: dict[str, Any] = {"color": "#f7e4d9", "zorder": 0, "lw": 0}
+        axes.axhspan(*((low, never) if of_forget > 0 else (never, high)), **shade)
+        axes.set_ylim(low, high)
+        handles.append(Patch(label="beyond the oracle", **shade))
+    unit = str(known.get("unit") or ("nats a token" if metric == DISTANCE else ""))
+    title = metric.replace("_", " ")
+    right, down = ("right" if of_kept > 0 else "left"), ("down" if of_forget > 0 else "up")
+    axes.set_xlabel(f"{title}, {keep} prompts{f' ({unit})' if unit else ''}; {right}: better kept")
+    axes.set_ylabel(f"{title}, forget prompts{f' ({unit})' if unit else ''}\n{down}: forgotten")
     axes.legend(
         handles=handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5)
     )
@@ -122,6 +147,7 @@ def trade_off(
     seeds = len({cell.seed for cell in found.cells})
     footer(
         axes,
+        _named(found, ("forget", keep)),
         f"units: {', '.join(map(str, sorted(budgets)))}",
         f"means over {seeds} seed{'s' if seeds > 1 else ''}",
     )
@@ -133,14 +159,23 @@ def trade_off(
                 "localizer": p[0],
                 "method": p[1],
                 "units": p[2],
-                "forget": x,
-                "keep": y,
+                "keep": x,
+                "forget": y,
                 "not beaten": p in unbeaten,
+                "beyond oracle": p in beyond,
             }
             for p, (x, y) in points.items()
         ],
     )
     return axes
+
+
+def _named(found: Comparison, sets: Sequence[str]) -> str:
+    """Which model the figure is of, and how many prompts the sets have, as far as the comparison says."""
+    model, prompts = found.about.get("model"), found.about.get("prompts", {})
+    counts = ", ".join(f"{prompts[name]} {name}" for name in sets if name in prompts)
+    said = (f"model: {model}" if model else "", f"prompts: {counts}" if counts else "")
+    return " | ".join(each for each in said if each)
 
 
 def _order(found: Comparison) -> Callable[[tuple[str, str, int]], tuple[int, int, int]]:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,13 @@ class Comparison:
         cells: what was measured.
         original: values of the unedited model by "set/metric".
         oracle: the same of the oracle; None without one.
+        about: what a figure must say: the model's name, the number of prompts by set, and unit and direction by metric.
     """
 
     cells: tuple[Cell, ...]
     original: Mapping[str, float | None]
     oracle: Mapping[str, float | None] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def failures(self) -> tuple[Cell, ...]:
@@ -217,6 +219,7 @@ def compare(
     sets = {"forget": forget, "retain": retain, **(others or {})}
     if others:
         shared["others"] = {name: prompts.digest for name, prompts in others.items()}
+    measured: dict[str, dict[str, str]] = {}
 
     def values(net: nn.Module) -> dict[str, float | None]:
         found: dict[str, float | None] = {}
@@ -232,9 +235,11 @@ def compare(
                 if (key := f"{name}/{about.name}") in found:
                     raise EditError(f"two metrics are called {about.name!r}: give each once")
                 found[key] = about.estimate
+                measured[about.name] = {"unit": about.unit, "direction": about.direction}
             if oracle is not None:
                 away = divergences(oracle, [net], prompts, batch_size=batch_size)[0]
                 found[f"{name}/{DISTANCE}"] = float(away.mean())
+                measured[DISTANCE] = {"unit": "nats a token", "direction": "distance"}
         return found
 
     scored: dict[tuple[str, int], Scores | Exception] = {}
@@ -295,7 +300,12 @@ def compare(
                         writing.write_text(json.dumps(asdict(cell), indent=1) + "\n", "utf-8")
             cells.append(cell)
             advance(f"{cell.localizer}, {cell.method}, {cell.budget}")
-    return Comparison(tuple(cells), *references)
+    about = {
+        "model": _called(model),
+        "prompts": {name: len(prompts) for name, prompts in sets.items()},
+        "metrics": measured,
+    }
+    return Comparison(tuple(cells), *references, about)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -341,6 +351,13 @@ def _names(objects: Sequence[Any]) -> dict[str, Any]:
     if twice := [name for name in names if names.count(name) > 1 or name == RANDOM]:
         raise EditError(f"two things to compare are called {twice[0]!r}: give each once")
     return dict(zip(names, objects, strict=True))
+
+
+def _called(model: nn.Module) -> str:
+    """What to call the model; of a local folder only its own name, since results travel."""
+    config = getattr(model, "config", None)
+    name = str(getattr(config, "name_or_path", "") or type(model).__name__)
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def _kept(path: Path) -> Cell | None:

@@ -230,15 +230,17 @@ def test_figures_show_the_means_the_front_and_the_references(tmp_path: Path) -> 
     assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "B", "C"]
     assert [text.get_text() for text in axes.texts] == ["0.3", "0.5"]  # C has no value
     axes = trade_off(found)
-    assert np.asarray(front(axes).get_xydata()) == pytest.approx(np.array([[0.3, 0.9]]))
+    assert np.asarray(front(axes).get_xydata()) == pytest.approx(np.array([[0.9, 0.3]]))
     assert figure_data(axes) == [
-        {"localizer": "A", "method": "NPO", "units": 8, "forget": pytest.approx(0.3), "keep": 0.9, "not beaten": True},
-        {"localizer": "B", "method": "NPO", "units": 8, "forget": 0.5, "keep": 0.5, "not beaten": False},
+        {"localizer": "A", "method": "NPO", "units": 8, "keep": 0.9, "forget": pytest.approx(0.3), "not beaten": True,
+         "beyond oracle": False},
+        {"localizer": "B", "method": "NPO", "units": 8, "keep": 0.5, "forget": 0.5, "not beaten": False,
+         "beyond oracle": False},
     ]  # fmt: skip
     legend = axes.get_legend()
     assert legend is not None
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["A", "B", "NPO", "not beaten", "original", "oracle"]
+    assert names == ["A", "B", "NPO", "not beaten", "original", "oracle", "beyond the oracle"]
     with pytest.raises(EditError, match="no cell has 'forget/exposure'"):
         heat_map(found, "forget/exposure")
     far = Comparison(
@@ -250,8 +252,37 @@ def test_figures_show_the_means_the_front_and_the_references(tmp_path: Path) -> 
     )
     axes = trade_off(far, "oracle_kl", keep="others")
     # Of distances less is better on both; B beats C.
-    assert np.asarray(front(axes).get_xydata()) == pytest.approx(np.array([[1.0, 0.3], [2.0, 0.1]]))
-    assert axes.get_ylabel() == "oracle_kl, others"
+    assert np.asarray(front(axes).get_xydata()) == pytest.approx(np.array([[0.3, 1.0], [0.1, 2.0]]))
+    assert axes.get_xlabel() == "oracle kl, others prompts (nats a token); left: better kept"
     found.save(tmp_path)
     assert json.loads((tmp_path / "comparison.json").read_text())["cells"][0]["budget"] == 8
     assert "| A | NPO | 8 | 0.3 (" in (tmp_path / "comparison.md").read_text()
+
+
+def test_forgetting_more_than_a_model_that_never_knew_is_no_merit() -> None:
+    def cell(name: str, forget: float, retain: float) -> Cell:
+        return Cell(name, "NPO", 8, 0, {"forget/m": forget, "retain/m": retain}, 1.0)
+
+    # C went further beyond the oracle than B, which kept more: there only keeping counts.
+    cells = (cell("A", 0.5, 0.95), cell("B", 0.1, 0.9), cell("C", 0.0, 0.5))
+    oracle = {"forget/m": 0.2, "retain/m": 1.0}
+    about = {
+        "model": "tiny",
+        "prompts": {"forget": 4, "retain": 9},
+        "metrics": {"m": {"unit": "fraction", "direction": "up"}},
+    }
+    found = Comparison(cells, {"forget/m": 1.0, "retain/m": 1.0}, oracle, about)
+    axes = trade_off(found, "m")
+    rows = {row["localizer"]: row for row in figure_data(axes)}
+    assert [rows[name]["not beaten"] for name in "ABC"] == [True, True, False]
+    assert [rows[name]["beyond oracle"] for name in "ABC"] == [False, True, True]
+    assert axes.get_ylabel() == "m, forget prompts (fraction)\ndown: forgotten"
+    said = " ".join(text.get_text() for text in axes.texts).replace("\n", " ")
+    assert "model: tiny | prompts: 4 forget, 9 retain | units: 8" in said
+    # Where a metric rises as texts are forgotten, so do its merits.
+    turned = {**about, "metrics": {"m": {"unit": "tokens", "direction": "down"}}}
+    cells = (cell("A", 5.0, 1.0), cell("B", 9.0, 2.0), cell("C", 4.0, 3.0))
+    axes = trade_off(Comparison(cells, {"forget/m": 1.0, "retain/m": 1.0}, None, turned), "m")
+    assert [row["not beaten"] for row in figure_data(axes)] == [True, True, False]
+    assert "left: better kept" in axes.get_xlabel()
+    assert "up: forgotten" in axes.get_ylabel()
