@@ -45,17 +45,23 @@ VARIANTS: tuple[tuple[str, str, str], ...] = (
     ("TOFU", "probability of an answer", "likelihood(p)"),
     ("TOFU", "probability on real authors and world facts", "normalised_probability(p)"),
     ("TOFU", "ROUGE-L recall, 200 new tokens", "rouge(p, max_new_tokens=200)"),
-    ("TOFU", "truth ratio, forget set", "truth_ratio(p, aggregate='closer')"),
-    ("TOFU", "truth ratio, other sets", "truth_ratio(p, aggregate='better')"),
-    ("TOFU", "truth ratio as the paper prints it", "truth_ratio(p, mean='arithmetic')"),
-    ("TOFU", "forget quality", "forget_quality(truth_ratio(p), truth_ratio(oracle))"),
-    ("TOFU", "model utility, of three such sets",
-     "model_utility({'retain': (likelihood(p), rouge(p), truth_ratio(q, aggregate='better'))})"),
+    ("TOFU", "truth ratio, forget set", "truth_ratio(q, aggregate='closer')"),
+    ("TOFU", "truth ratio, other sets", "truth_ratio(q, aggregate='better')"),
+    ("TOFU", "truth ratio as the paper prints it", "truth_ratio(q, mean='arithmetic')"),
+    ("TOFU", "forget quality", "forget_quality(truth_ratio(q), truth_ratio(q_oracle))"),
+    ("TOFU", "model utility, of three such sets (two with `normalised_probability`)",
+     "model_utility({'retain': (likelihood(p), rouge(p, max_new_tokens=200), truth_ratio(q, aggregate='better'))})"),
     ("open-unlearning", "probability", "likelihood(p)"),
     ("open-unlearning", "normalised probability", "normalised_probability(p, compat='open-unlearning')"),
-    ("open-unlearning", "truth ratio, forget set", "truth_ratio(p, aggregate='closer', compat='open-unlearning')"),
-    ("open-unlearning", "truth ratio, other sets", "truth_ratio(p, aggregate='better', compat='open-unlearning')"),
-    ("open-unlearning", "truth ratio, `prob_mean`", "truth_ratio(p, aggregate='share', compat='open-unlearning')"),
+    ("open-unlearning", "truth ratio, forget set", "truth_ratio(q, aggregate='closer', compat='open-unlearning')"),
+    ("open-unlearning", "truth ratio, other sets", "truth_ratio(q, aggregate='better', compat='open-unlearning')"),
+    ("open-unlearning", "truth ratio, `prob_mean`", "truth_ratio(q, aggregate='share', compat='open-unlearning')"),
+    ("open-unlearning", "ROUGE of TOFU", "rouge(p, max_new_tokens=200)"),
+    ("open-unlearning", "forget quality",
+     "forget_quality(truth_ratio(q, compat='open-unlearning'), truth_ratio(q_oracle, compat='open-unlearning'))"),
+    ("open-unlearning", "model utility, of three such sets (two with `normalised_probability`)",
+     "model_utility({'retain': (likelihood(p), rouge(p, max_new_tokens=200), "
+     "truth_ratio(q, aggregate='better', compat='open-unlearning'))})"),
     ("open-unlearning", "exact memorisation", "exact_memorization(p, compat='open-unlearning')"),
     ("open-unlearning", "extraction strength", "extraction_strength(p, compat='open-unlearning')"),
     ("open-unlearning", "loss attack", "auc(nll(p), nll(holdout))"),
@@ -85,7 +91,7 @@ VARIANTS: tuple[tuple[str, str, str], ...] = (
     ("KGA", "Jensen-Shannon divergence, LPD, PDLP", "(jensen_shannon(p), perplexity_shift(p), perplexity_rose(p))"),
     ("KGA", "perplexity of each item, averaged", "perplexity(p, average='item')"),
 )  # fmt: skip
-"""What is published under which name, and what gives it here; p are predictions."""
+"""What is published under which name, and what gives it here; p are predictions, q those on paraphrased answers."""
 _LISTED = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 MODULES = tuple(
     f"locate_edit.{name}"
@@ -198,8 +204,10 @@ def metrics() -> str:
         + " (end of this page), which say which metric on which prompt set goes in.",
         table(whole),
         "## As published elsewhere",
-        "The same name stands for different numbers. `p` are predictions on the prompts, `q` on paraphrased answers, "
-        "`members`, `others` and their oracles' values of a score. ROUGE and TOFU's numbers are checked against logs "
+        "The same name stands for different numbers. `p` are predictions on the prompts, `q` on paraphrased answers "
+        "(TOFU's general sets have none: there they are the answers), `q_oracle` those of the oracle, `members`, "
+        "`others` and their oracles' values of a score. `compat=` takes the names of toolkits that have the metric. "
+        "ROUGE and TOFU's numbers are checked against logs "
         "of real models, the others against literal versions of the published formulas.",
         "\n".join(
             ["| in | what | here |", "| --- | --- | --- |"]

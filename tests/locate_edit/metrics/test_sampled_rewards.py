@@ -59,7 +59,7 @@ def test_samples_do_not_depend_on_the_order_of_the_prompts(metric: Any) -> None:
     model = tiny("llama")
     rows: list[Any] = [("Ann is", " x"), ("Somebody", " y"), ("z", " z"), ("Bo plays", " w")]
     order = [2, 0, 3, 1]
-    lexicon = (
+    lexicon: dict[str, Any] = (
         {} if metric is distinct else {"reward": lambda _asked, texts: [-len(t) for t in texts]}
     )
     if metric is any_below:

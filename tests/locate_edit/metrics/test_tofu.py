@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from docs.make_reference import VARIANTS
 from locate_edit.errors import PromptError
 from locate_edit.metrics import rouge as rouge_module
 from locate_edit.metrics.forget_quality import forget_quality
@@ -339,6 +340,17 @@ def test_logged_forget_quality() -> None:
     assert forget_quality(oracle, oracle, before=full).estimate == pytest.approx(1.0)
     shares = [logged_ratio(model, "forget", aggregate="share") for model in MODELS]
     assert forget_quality(*shares).estimate == pytest.approx(1.834066410994743e-21, rel=1e-6)
+
+
+@real
+def test_published_numbers_are_of_paraphrased_answers() -> None:
+    # The answers themselves give another p-value by far, so the recipes have to say which.
+    wrong, right = ([column(m, "forget", f) for m in MODELS] for f in ("average_perturb_loss", "avg_gt_loss"))  # fmt: skip
+    plain_answers = [from_losses(r, w) for r, w in zip(right, wrong, strict=True)]
+    assert (forget_quality(*plain_answers).estimate or 0.0) < 1e-100
+    calls = [call for who, _, call in VARIANTS if who in ("TOFU", "open-unlearning")]
+    assert sum("truth_ratio(q" in call for call in calls) == 10
+    assert not any("truth_ratio(p" in call for call in calls)
 
 
 def logged_probability(model: str, name: str) -> Values:
