@@ -22,7 +22,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +91,8 @@ def resolve(kind: Kind, name: str) -> Any:
     names = [entry.name for entry in entries(kind)]
     close = difflib.get_close_matches(wanted, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
+    if kind == "metric" and (call := _python_only(wanted)):
+        hint = f" In Python only, because of what it takes: {call}."
     raise CatalogError(
         f"No {kind} is called {name!r}.{hint} There are: {', '.join(names) or 'none'}. "
         "Your own is given as package.module:Name."
@@ -99,6 +101,8 @@ def resolve(kind: Kind, name: str) -> Any:
 
 def build(kind: Kind, name: str, settings: dict[str, str] | None = None) -> Any:
     """Make the object called `name` with hyperparameters given as text.
+
+    The hyperparameters of a metric, which is a function, are its keyword-only arguments.
 
     Args:
         kind: what `name` is.
@@ -111,7 +115,8 @@ def build(kind: Kind, name: str, settings: dict[str, str] | None = None) -> Any:
     """
     target = resolve(kind, name)
     settings = settings or {}
-    if not (inspect.isclass(target) and dataclasses.is_dataclass(target)):
+    is_metric = kind == "metric" and inspect.isfunction(target)
+    if not is_metric and not (inspect.isclass(target) and dataclasses.is_dataclass(target)):
         if settings:
             raise CatalogError(
                 f"{name} is not a dataclass, so it has no hyperparameters to set; got "
@@ -139,6 +144,8 @@ def build(kind: Kind, name: str, settings: dict[str, str] | None = None) -> Any:
         raise CatalogError(
             f"{target.__name__} needs a value for {', '.join(missing)}. It has: {describe(target)}."
         )
+    if is_metric:
+        return partial(target, **values) if values else target
     try:
         return target(**values)
     except (TypeError, ValueError) as error:
@@ -167,7 +174,7 @@ def rebuild(kind: Kind, about: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """Type and default of one field of a localizer or method."""
+    """Type and default of one field of a localizer or method, or of one keyword of a metric."""
 
     type: Any
     default: Any
@@ -175,9 +182,17 @@ class Hyperparameter:
 
 
 def hyperparameters(target: Any) -> dict[str, Hyperparameter]:
-    """Return the fields a dataclass can be constructed with, in order."""
+    """Return the fields a dataclass can be constructed with, or the keyword-only arguments of a function, in order."""
     hints = typing.get_type_hints(target)
     result = {}
+    if inspect.isfunction(target):
+        for name, argument in inspect.signature(target).parameters.items():
+            if argument.kind is argument.KEYWORD_ONLY:
+                required = argument.default is argument.empty
+                result[name] = Hyperparameter(
+                    hints.get(name, Any), None if required else argument.default, required
+                )
+        return result
     for field in dataclasses.fields(target):
         if not field.init:
             continue
@@ -219,6 +234,18 @@ def _read(kind: str, file: Path) -> Iterator[Entry]:
                 summary=_first_sentence(ast.get_docstring(node) or ""),
                 paper=_paper(ast.get_docstring(tree) or ""),
             )
+
+
+def _python_only(wanted: str) -> str:
+    """How a function is called that stands among the metrics but takes something other than predictions; or empty."""
+    for file in sorted((Path(__file__).parent / FOLDERS["metric"]).glob("[!_]*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.FunctionDef) or not isinstance(node.returns, ast.Name):
+                continue
+            if _command_name(node.name) == wanted:
+                given = ", ".join(argument.arg for argument in node.args.args)
+                return f"{__package__}.{FOLDERS['metric']}.{file.stem}.{node.name}({given})"
+    return ""
 
 
 def _is_frozen_dataclass(node: ast.ClassDef) -> bool:

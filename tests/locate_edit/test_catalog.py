@@ -219,6 +219,34 @@ def test_names_that_lead_nowhere_are_explained(name: str, message: str) -> None:
         catalog.resolve("localizer", name)
 
 
+def measure(
+    predictions: Any, *, k: float = 0.2, rule: Literal["a", "b"] = "a", words: Sequence[str] = ()
+) -> tuple[object, ...]:
+    return predictions, k, rule, words
+
+
+def test_the_keywords_of_a_metric_are_its_hyperparameters() -> None:
+    path = f"{__name__}:measure"
+    assert catalog.build("metric", path) is measure
+    made = catalog.build("metric", path, {"k": "1", "words": "x, y"})
+    assert made(7) == (7, 1.0, "a", ("x", "y"))
+    with pytest.raises(CatalogError, match=r"measure has no hyperparameter 'kk'. Did you mean 'k'"):
+        catalog.build("metric", path, {"kk": "1"})
+    with pytest.raises(CatalogError, match=r"measure\.rule: expected 'a' \| 'b', got 'c'"):
+        catalog.build("metric", path, {"rule": "c"})
+    with pytest.raises(CatalogError, match="is not a dataclass, so it has no hyperparameters"):
+        catalog.build("method", path, {"k": "1"})  # there they would be batch size and seed
+
+
+def test_metrics_that_take_two_sets_are_for_python() -> None:
+    with pytest.raises(CatalogError, match=r"In Python only.*metrics\.bias\.crows\(more, less\)"):
+        catalog.resolve("metric", "crows")
+    with pytest.raises(CatalogError, match=r"bias\.equalised_odds\(answers, positive\)"):
+        catalog.resolve("metric", "equalised_odds")
+    with pytest.raises(CatalogError, match=r"No method is called 'crows'\. There are"):
+        catalog.resolve("method", "crows")
+
+
 def test_a_class_that_refuses_its_values_is_explained() -> None:
     with pytest.raises(CatalogError, match=r"Picky refuses {'steps': -1}: at least one step"):
         catalog.build("localizer", f"{__name__}:Picky", {"steps": "-1"})
