@@ -65,6 +65,29 @@ def load(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(name: str | Path) -> tuple[PreTrainedTokenizerBase, bool | None]:
+    """Load the tokenizer of a model without its weights, and say whether the model is a masked one.
+
+    Args:
+        name: as of `load`, or a folder that holds a tokenizer alone, of which nothing more is known (None).
+
+    Raises:
+        LoadError: nothing by that name, no tokenizer there, or one of neither a causal nor a masked model.
+    """
+    import transformers
+
+    if str(name) in SHIPPED:
+        with _without_progress_bars():
+            return _shipped(str(name), "auto")[1], False
+    what = f"folder {name}" if Path(name).is_dir() else f"model {str(name)!r}"
+    tokenizer = _tokenizer(name, what)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return tokenizer, None
+    return tokenizer, is_masked(config)
+
+
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
     """Hide the bars of loading and saving, which take a moment; a download keeps its own."""
@@ -150,6 +173,12 @@ def _stored(name: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"Cannot load the {what} as a {'masked' if is_masked(config) else 'causal'} language model: "
             f"{_first_line(error)}"
         ) from error
+    return model, _tokenizer(name, what)
+
+
+def _tokenizer(name: str | Path, what: str) -> Any:
+    import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -163,7 +192,7 @@ def _stored(name: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"The {what} has no usable tokenizer: it knows no tokens. Save one beside the weights with "
             "tokenizer.save_pretrained."
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def is_masked(config: PretrainedConfig) -> bool:

@@ -8,7 +8,7 @@ JSON object and nothing else. Progress and errors go to standard error.
 
 # The order of --help.
 # isort: off
-from locate_edit.cli import demo, locate, edit, evaluate, attack, report, compare, ensemble
+from locate_edit.cli import demo, audit, locate, edit, evaluate, attack, report, compare, ensemble
 from locate_edit.cli import plot, compare_masks, undo, info
 
 # isort: on
@@ -16,6 +16,7 @@ from locate_edit.cli.program import app, main
 
 COMMANDS = (
     demo,
+    audit,
     locate,
     edit,
     evaluate,

@@ -12,8 +12,10 @@ from rich.table import Table
 from locate_edit.cli.options import (
     Attacks,
     BatchSize,
+    Chat,
     Device,
     Dtype,
+    Eos,
     Gone,
     Json,
     Kept,
@@ -70,6 +72,8 @@ def attack(
         bool,
         option("--controls/--no-controls", help="Try each attack on its positive control first."),
     ] = True,
+    chat: Chat = False,
+    eos: Eos = False,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     device: Device = "auto",
@@ -97,8 +101,9 @@ def attack(
     _attack.check_out(out)
     target: Any
     target, tokenizer = load(model, dtype=dtype, device=device)
+    reading = {"chat": chat, "eos": eos}
     model_map = describe(target)
-    gone, kept = (read_prompts(file, model_map, tokenizer) for file in (forget, retain))
+    gone, kept = (read_prompts(file, model_map, tokenizer, **reading) for file in (forget, retain))
     reason = "random masks need the edit itself: give --edit"
     if edit is not None:
         target, reason = read_edit(edit, target, gone, kept)

@@ -12,8 +12,10 @@ from locate_edit import catalog
 from locate_edit.cli.options import (
     Also,
     BatchSize,
+    Chat,
     Device,
     Dtype,
+    Eos,
     Json,
     Metrics,
     Model,
@@ -90,6 +92,8 @@ def compare(
         float | None, option(min=0, help="Learning rate of every method that has one.")
     ] = None,
     seeds: Annotated[int, option(min=1, help="Repeat everything with this many seeds.")] = 1,
+    chat: Chat = False,
+    eos: Eos = False,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",
@@ -116,6 +120,7 @@ def compare(
     _compare.check_out(out)
     cells = folder if folder is not None else out / _compare.CELLS
     loaded, tokenizer = load(model, dtype=dtype, device=device)
+    reading = {"chat": chat, "eos": eos}
     model_map = describe(loaded)
     kept = set(cells.glob("cell-*.json"))
     try:
@@ -124,10 +129,10 @@ def compare(
             localizers=where,
             methods=how,
             budgets=budgets,
-            forget=read_prompts(forget, model_map, tokenizer),
-            retain=read_prompts(retain, model_map, tokenizer),
+            forget=read_prompts(forget, model_map, tokenizer, **reading),
+            retain=read_prompts(retain, model_map, tokenizer, **reading),
             others={
-                name: read_prompts(Path(file), model_map, tokenizer)
+                name: read_prompts(Path(file), model_map, tokenizer, **reading)
                 for name, file in further.items()
             },
             metrics=measures,

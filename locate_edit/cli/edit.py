@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from locate_edit import catalog
 from locate_edit.cli.options import (
     BatchSize,
+    Chat,
     Device,
     Dtype,
+    Eos,
     Json,
     Mask,
     Model,
@@ -73,6 +75,8 @@ def edit(
             help="Also measure it, beside the same edit on a random mask of equal size.",
         ),
     ] = None,
+    chat: Chat = False,
+    eos: Eos = False,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",
@@ -93,16 +97,17 @@ def edit(
         check_folder(report, like="report.json")
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     model_map = describe(loaded)
+    reading = {"chat": chat, "eos": eos}
     done = editing.edit(
         loaded,
         chosen,
         read_mask(mask, model_map),
-        forget=read_prompts(forget, model_map, tokenizer),
-        retain=None if retain is None else read_prompts(retain, model_map, tokenizer),
+        forget=read_prompts(forget, model_map, tokenizer, **reading),
+        retain=None if retain is None else read_prompts(retain, model_map, tokenizer, **reading),
         batch_size=batch_size,
         seed=seed,
         side=side,
-        never_seen=read_never_seen(never_seen, model_map, tokenizer),
+        never_seen=read_never_seen(never_seen, model_map, tokenizer, **reading),
         progress=wants_progress(as_json),
     )
     done.save(out)

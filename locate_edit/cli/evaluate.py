@@ -8,10 +8,13 @@ from typing import Annotated, Any
 from locate_edit.cli.options import (
     Also,
     BatchSize,
+    Chat,
     Device,
     Dtype,
+    Eos,
     Json,
     Metrics,
+    MetricSetting,
     Model,
     Oracle,
     OtherOracle,
@@ -44,6 +47,7 @@ def evaluate(
     retain: Retain = None,
     also: Also = None,
     metrics: Metrics = None,
+    settings: MetricSetting = None,
     oracle: Oracle = None,
     other_oracle: OtherOracle = None,
     random: Random = None,
@@ -51,6 +55,8 @@ def evaluate(
         Path | None,
         option(metavar="FOLDER", help="Where the report goes: HTML, JSON, Markdown and figures."),
     ] = None,
+    chat: Chat = False,
+    eos: Eos = False,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     device: Device = "auto",
@@ -65,16 +71,17 @@ def evaluate(
     from circuits import describe
     from circuits.atomic import check_folder
     from locate_edit.checkpoints import load
-    from locate_edit.cli._evaluate import measure_and_write
+    from locate_edit.cli._evaluate import build, measure_and_write
     from locate_edit.reports.report import FILES
 
+    measures = build(metrics, name_values(settings, "--set"))
     if out is not None:
         check_folder(out, like="report.json", ours=FILES)
     target: Any
     target, tokenizer = load(model, dtype=dtype, device=device)
     model_map = describe(target)
     sets = {
-        name: None if file is None else read_prompts(file, model_map, tokenizer)
+        name: None if file is None else read_prompts(file, model_map, tokenizer, chat=chat, eos=eos)
         for name, file in {"forget": forget, "retain": retain}.items()
     }
     reason = "there is no edit"
@@ -83,7 +90,7 @@ def evaluate(
     masks = how_many_random(random, reason, usual=1)
     notes = () if edit is None or not reason else (f"no random control: {reason}",)
     others = {
-        name: read_prompts(Path(file), model_map, tokenizer)
+        name: read_prompts(Path(file), model_map, tokenizer, chat=chat, eos=eos)
         for name, file in name_values(also, "--also").items()
     }
     oracles = {
@@ -93,6 +100,6 @@ def evaluate(
     options = {"batch_size": batch_size, "seed": seed, "others": others, **sets, **oracles}
     if edit is not None:
         options["random"] = masks
-    summary = measure_and_write(target, out, as_json, notes, metrics=metrics, **options)
+    summary = measure_and_write(target, out, as_json, notes, metrics=measures, **options)
     if as_json:
         print_json(summary)

@@ -10,8 +10,10 @@ import typer
 from locate_edit import catalog
 from locate_edit.cli.options import (
     BatchSize,
+    Chat,
     Device,
     Dtype,
+    Eos,
     Json,
     Model,
     Retain,
@@ -79,6 +81,8 @@ def locate(
     figure: Annotated[
         Path | None, option(metavar="FILE", help="Also draw the mask (.png).")
     ] = None,
+    chat: Chat = False,
+    eos: Eos = False,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",
@@ -104,15 +108,18 @@ def locate(
     localizer = catalog.build("localizer", method, hyperparameters(settings, steps=steps))
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     model_map = describe(loaded)
+    reading = {"chat": chat, "eos": eos}
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "seed": seed,
         "progress": wants_progress(as_json),
     }
     if retain is not None:
-        options["retain"] = read_prompts(retain, model_map, tokenizer)
+        options["retain"] = read_prompts(retain, model_map, tokenizer, **reading)
     try:
-        scores = localizer(loaded, read_prompts(prompts, model_map, tokenizer), **options)
+        scores = localizer(
+            loaded, read_prompts(prompts, model_map, tokenizer, **reading), **options
+        )
     except LocateEditError as error:
         # The library speaks of its argument, the command line has an option for it.
         if retain is None and "retain" in str(error):
@@ -126,7 +133,9 @@ def locate(
     }
     if out is not None:
         if contrast is not None:
-            others = localizer(loaded, read_prompts(contrast, model_map, tokenizer), **options)
+            others = localizer(
+                loaded, read_prompts(contrast, model_map, tokenizer, **reading), **options
+            )
             scores = scores.contrast(others, weight=contrast_weight)
         if keep is not None and keep > scores.n_units:
             raise LocateEditError(

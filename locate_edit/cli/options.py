@@ -78,6 +78,15 @@ NamedSetting = Annotated[
         help="Set a hyperparameter of one of them, such as npo.beta=0.1 or relearning.steps=20; repeat for more.",
     ),
 ]
+MetricSetting = Annotated[
+    list[str] | None,
+    option(
+        "--set",
+        metavar="NAME.KEY=VALUE",
+        help="Set an option of one metric, such as min-k.k=0.1 or worst-reward.reward=lexicon:word,word; repeat for "
+        "more.",
+    ),
+]
 Mask = Annotated[
     str | None,
     option(
@@ -98,6 +107,22 @@ Kept = Annotated[
 ]
 Retain = Annotated[
     Path | None, option(metavar="FILE", help="JSONL file of what should stay as it is.")
+]
+Chat = Annotated[
+    bool,
+    option(
+        "--chat",
+        help="Read prompt and target as a user's and an assistant's turn, as the chat template writes them.",
+        rich_help_panel="Prompts",
+    ),
+]
+Eos = Annotated[
+    bool,
+    option(
+        "--eos",
+        help="Score the end of every target too: the end-of-sequence token, or with --chat the end of the turn.",
+        rich_help_panel="Prompts",
+    ),
 ]
 BatchSize = Annotated[
     int, option(min=1, help="Prompts in one forward pass.", rich_help_panel="Running")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from locate_edit.errors import EditError
+from locate_edit.errors import EditError, PromptError
 
 if TYPE_CHECKING:
     from circuits import ComponentMask, ModelMap
@@ -38,11 +38,30 @@ def name_values(texts: list[str] | None, option: str) -> dict[str, str]:
     return result
 
 
-def read_prompts(file: Path, model_map: ModelMap, tokenizer: Any) -> PromptSet:
-    """Read a JSONL file of prompts for a model."""
+def read_prompts(
+    file: Path, model_map: ModelMap, tokenizer: Any, *, chat: bool = False, eos: bool = False
+) -> PromptSet:
+    """Read a JSONL file of prompts for a model; with ``chat`` as turns, with ``eos`` to the end of each target."""
+    return read_file(file, tokenizer, masked=not model_map.causal, chat=chat, eos=eos)
+
+
+def read_file(
+    file: Path, tokenizer: Any, *, masked: bool | None, chat: bool, eos: bool
+) -> PromptSet:
+    """The same for a tokenizer; what the options ask for and cannot be had is said with their names."""
     from locate_edit.prompts import PromptSet
 
-    return PromptSet.from_jsonl(file, tokenizer, masked=not model_map.causal)
+    if masked and (chat or eos):
+        raise PromptError("--chat and --eos are for causal models, and this is a masked one")
+    try:
+        return PromptSet.from_jsonl(
+            file, tokenizer, masked=masked, chat_template=chat, append_eos=eos
+        )
+    except PromptError as error:
+        said = (
+            str(error).replace("chat_template=True", "--chat").replace("append_eos=True", "--eos")
+        )
+        raise PromptError(said) from None
 
 
 def read_mask(text: str | None, model_map: ModelMap) -> ComponentMask | None:
@@ -54,8 +73,8 @@ def read_mask(text: str | None, model_map: ModelMap) -> ComponentMask | None:
     return ComponentMask.parse(text, model_map) if "[" in text else ComponentMask.load(text)
 
 
-def read_never_seen(text: str, model_map: ModelMap, tokenizer: Any) -> Any:
-    """Read where forgetting stops: see `locate_edit.never_seen`."""
+def read_never_seen(text: str, model_map: ModelMap, tokenizer: Any, **reading: bool) -> Any:
+    """Read where forgetting stops: see `locate_edit.never_seen`; ``reading`` as of `read_prompts`."""
     if text in ("auto", "none"):
         return None if text == "none" else text
     try:
@@ -63,7 +82,7 @@ def read_never_seen(text: str, model_map: ModelMap, tokenizer: Any) -> Any:
     except ValueError:
         pass
     if Path(text).is_file():
-        return read_prompts(Path(text), model_map, tokenizer)
+        return read_prompts(Path(text), model_map, tokenizer, **reading)
     from locate_edit.checkpoints import load
 
     device = next(model_map.model.parameters()).device

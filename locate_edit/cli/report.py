@@ -9,8 +9,10 @@ from locate_edit.cli.options import (
     Also,
     Attacks,
     BatchSize,
+    Chat,
     Device,
     Dtype,
+    Eos,
     Gone,
     Json,
     Kept,
@@ -53,6 +55,8 @@ def report(
     settings: NamedSetting = None,
     steps: MostSteps = None,
     seconds: Seconds = None,
+    chat: Chat = False,
+    eos: Eos = False,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     device: Device = "auto",
@@ -78,8 +82,9 @@ def report(
     further = name_values(also, "--also")
     check_folder(out, like="report.json", ours=FILES)
     loaded, tokenizer = load(model, dtype=dtype, device=device)
+    reading = {"chat": chat, "eos": eos}
     model_map = describe(loaded)
-    gone, kept = (read_prompts(file, model_map, tokenizer) for file in (forget, retain))
+    gone, kept = (read_prompts(file, model_map, tokenizer, **reading) for file in (forget, retain))
     made, reason = read_edit(edit, loaded, gone, kept)
     masks = how_many_random(random, reason, usual=1)
     oracles = [
@@ -90,7 +95,7 @@ def report(
     try:
         found = examine(
             made, metrics, forget=gone, retain=kept,
-            others={name: read_prompts(Path(file), model_map, tokenizer) for name, file in further.items()},
+            others={name: read_prompts(Path(file), model_map, tokenizer, **reading) for name, file in further.items()},
             oracle=oracles[0], other_oracle=oracles[1], attacks=chosen, random=masks, seconds=seconds,
             steps=steps, batch_size=batch_size, seed=seed, progress=wants_progress(as_json),
         )  # fmt: skip

@@ -80,7 +80,19 @@ def make_edit(folder: Path, out: Path, *more: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "demo", "locate", "edit", "evaluate", "compare", "plot", "compare-masks", "undo", "info"],
+    [
+        "",
+        "demo",
+        "audit",
+        "locate",
+        "edit",
+        "evaluate",
+        "compare",
+        "plot",
+        "compare-masks",
+        "undo",
+        "info",
+    ],
 )
 def test_help_answers_without_torch(command: str) -> None:
     code = (
