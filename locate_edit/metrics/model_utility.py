@@ -6,7 +6,6 @@ Paper: Maini et al. 2024, TOFU: A Task of Fictitious Unlearning for LLMs (arXiv:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 
 import numpy as np
 
@@ -26,8 +25,9 @@ def model_utility(parts: Mapping[str, Sequence[Values]]) -> Statistic:
             "world facts": (normalised_probability(w), rouge(w), truth_ratio(w, aggregate="better")),
         })
 
-    Every metric goes from 0 to 1 and up. 0 as soon as one average is 0. Withheld if any of them is. The interval draws
-    items of each set, with all of their metrics.
+    Every metric goes from 0 to 1 and up, and is averaged over the items it could score. 0 as soon as one average is 0.
+    Withheld if any of them is. The interval draws items of each set, with all metrics that have the same items; others
+    are drawn by themselves, and the note says so.
 
     Direction: up, more useful.
     Needs: each of the averages.
@@ -43,21 +43,28 @@ def model_utility(parts: Mapping[str, Sequence[Values]]) -> Statistic:
     if not flat:
         raise PromptError("model utility needs one metric on one set at least, got none.")
     samples: list[Floats] = []
+    notes = []
     for name, several in parts.items():
         for values in several:
             if values.withheld:
                 reason = f"{values.name} on {name}: {values.withheld}"
                 return Statistic.none("model_utility", reason, unit="harmonic mean")
             _check(name, values)
-        samples.append(_table(name, several))
-    left_out = [f"{v.name} on {name}: {v.note}" for name, vs in parts.items() for v in vs if v.note]
+        together = _alike(several)
+        samples += [np.stack([values.values for values in group], axis=1) for group in together]
+        notes += [f"{values.name} on {name}: {values.note}" for values in several if values.note]
+        if len(together) > 1:
+            counts = (
+                f"{' and '.join(v.name for v in group)} of {len(group[0])}" for group in together
+            )
+            notes.append(f"{name}: {', '.join(counts)} items")
     return Statistic(
         "model_utility",
         tuple(samples),
         _harmonic_mean,
         "harmonic mean",
         "up",
-        note="; ".join(left_out),
+        note="; ".join(notes),
     )
 
 
@@ -77,13 +84,12 @@ def _check(name: str, values: Values) -> None:
         )
 
 
-def _table(name: str, several: Sequence[Values]) -> Floats:
-    """The values of one set, `item metric`, on the items that all of its metrics could score."""
-    shared = reduce(np.intersect1d, [values.items for values in several])
-    if not len(shared):
-        raise PromptError(f"model utility: the metrics on {name} have no item in common.")
-    columns = [values.values[np.searchsorted(values.items, shared)] for values in several]
-    return np.stack(columns, axis=1)
+def _alike(several: Sequence[Values]) -> list[list[Values]]:
+    """The values of one set in groups of the same items."""
+    groups: dict[bytes, list[Values]] = {}
+    for values in several:
+        groups.setdefault(values.items.tobytes(), []).append(values)
+    return list(groups.values())
 
 
 def _harmonic_mean(*samples: Floats) -> float:

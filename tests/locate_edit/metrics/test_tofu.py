@@ -204,6 +204,8 @@ def test_model_utility_by_hand() -> None:
     }
     # Means 0.3, 1, 0.5, 0.6.
     assert model_utility(parts).estimate == pytest.approx(4 / (1 / 0.3 + 1 + 2 + 1 / 0.6))
+    with pytest.raises(PromptError, match="needs one metric on one set at least"):
+        model_utility({"retain": ()})
     zero = {"retain": (plain("p", [0.0, 0.0]), plain("r", [1.0, 1.0]))}
     assert model_utility(zero).estimate == 0.0
     missing = model_utility({"retain": (plain("p", [1.0]), Values.none("r", "needs: x"))})
@@ -212,6 +214,28 @@ def test_model_utility_by_hand() -> None:
         model_utility({"retain": (from_losses([0.0], [[1.0]]),)})
     with pytest.raises(PromptError, match="needs one metric on one set at least"):
         model_utility({})
+
+
+def test_model_utility_averages_every_metric_over_its_own_items() -> None:
+    rng = np.random.default_rng(0)
+    known, spoken, ratio = rng.random(40), rng.random(40), rng.random(4)
+    parts = {
+        "retain": [plain(n, list(v)) for n, v in zip("prt", (known, spoken, ratio), strict=True)]
+    }
+    found = model_utility(parts)
+    means = [v.mean() for v in (known, spoken, ratio)]
+    assert found.estimate == pytest.approx(3 / sum(1 / m for m in means))
+    assert found.note == "retain: p and r of 40, t of 4 items"
+    # What belongs to the same items is drawn together, the rest by itself.
+    assert [sample.shape for sample in found.samples] == [(40, 2), (4, 1)]
+    low, high = found.interval() or (0.0, 0.0)
+    assert low < found.estimate < high
+    holes = plain("t", [0.5, math.nan, 0.25])
+    three = plain("p", [0.1, 0.2, 0.6])
+    mixed = model_utility({"s": [three, holes]})
+    assert mixed.estimate == pytest.approx(2 / (1 / 0.3 + 1 / 0.375))
+    assert mixed.note.startswith("t on s: 1 of 3 items left out")
+    assert mixed.note.endswith("s: p of 3, t of 2 items")
 
 
 def test_the_interval_of_a_statistic_draws_rows_together() -> None:
@@ -345,7 +369,8 @@ def test_logged_forget_quality() -> None:
 @real
 def test_published_numbers_are_of_paraphrased_answers() -> None:
     # The answers themselves give another p-value by far, so the recipes have to say which.
-    wrong, right = ([column(m, "forget", f) for m in MODELS] for f in ("average_perturb_loss", "avg_gt_loss"))  # fmt: skip
+    fields = ("average_perturb_loss", "avg_gt_loss")
+    wrong, right = ([column(m, "forget", field) for m in MODELS] for field in fields)
     plain_answers = [from_losses(r, w) for r, w in zip(right, wrong, strict=True)]
     assert (forget_quality(*plain_answers).estimate or 0.0) < 1e-100
     calls = [call for who, _, call in VARIANTS if who in ("TOFU", "open-unlearning")]
