@@ -6,11 +6,12 @@ estimator from single digits).
 The digits of an item are its scored tokens that are single digits; separators do not count, nor do tokens of weight
 0, so a token mask can leave out a prefix that everybody shares. Every digit is predicted with the true tokens around
 it given: those before it (causal) or all others (masked). Needs targets with digits and a tokenizer with one token a
-digit.
+digit: an item with a longer token that holds a digit ("123") has no number, for a part of the secret would not count.
 """
 
 from __future__ import annotations
 
+import string
 from typing import Literal
 
 import numpy as np
@@ -99,13 +100,32 @@ def digit_accuracy(
 
 
 def _by_item(predictions: Predictions) -> list[tuple[NDArray[np.int64], Floats]]:
-    """Each item's true digits `digit` and log-probabilities `digit 10`, digits of weight 0 left out."""
+    """Each item's true digits `digit` and log-probabilities `digit 10`, digits of weight 0 left out.
+
+    Both are empty for an item with digits in longer tokens.
+    """
     digits = predictions.digits
+    longer = _with_digits(predictions)
+    longer[digits.label] = False
+    unseen = set(predictions.item[longer & (predictions.weight > 0)].tolist())
     counted = predictions.weight[digits.label] > 0
     label, value, logprob = digits.label[counted], digits.value[counted], digits.logprob[counted]
     bounds = [predictions.of_item(i) for i in range(len(predictions))]
-    picks = [np.flatnonzero((label >= b.start) & (label < b.stop)) for b in bounds]
+    picks = [
+        np.flatnonzero((label >= b.start) & (label < b.stop) & (index not in unseen))
+        for index, b in enumerate(bounds)
+    ]
     return [(value[pick], logprob[pick]) for pick in picks]
+
+
+def _with_digits(predictions: Predictions) -> NDArray[np.bool_]:
+    """Which scored tokens hold a digit, alone or among other characters, `label`."""
+    different, where = np.unique(predictions.label, return_inverse=True)
+    texts = predictions.prompts.tokenizer.batch_decode(
+        [[token] for token in different.tolist()], skip_special_tokens=True
+    )
+    has = np.array([any(letter in string.digits for letter in text) for text in texts], dtype=bool)
+    return has[where]
 
 
 def _finite(true: NDArray[np.int64], logprob: Floats) -> bool:

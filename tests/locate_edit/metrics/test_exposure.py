@@ -108,6 +108,21 @@ def test_separators_and_tokens_of_no_weight_do_not_count() -> None:
     assert exposure(model, last).estimate == pytest.approx(math.log2(10 / 2))
 
 
+def test_digits_in_longer_tokens_are_not_passed_over() -> None:
+    words = word_tokenizer(["call", "123", *"0123456789"])
+    call, four, long = (token_id(words, word) for word in ("call", "4", "123"))
+    model = Bigram(len(words), {call: {four: 0.9}, long: {four: 0.9}})
+    prompts = PromptSet([("call", " 123 4"), ("call", " 4"), ("call", " 123")], words)
+    for metric in (exposure, digit_accuracy):
+        values = metric(model, prompts)
+        assert values.items.tolist() == [1]
+        assert (
+            "2 of 3 items left out; needs: digits among the scored tokens, one token" in values.note
+        )
+    rest = prompts.with_token_mask(TokenMask(((0.0, 1.0), (1.0,), (1.0,))))
+    assert digit_accuracy(model, rest).items.tolist() == [0, 1]
+
+
 def test_without_digits_there_is_no_exposure() -> None:
     values = exposure(model_of(), PromptSet([("call", " -"), ("call", " 4")], TOKENIZER))
     assert values.items.tolist() == [1]
