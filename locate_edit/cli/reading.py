@@ -109,7 +109,9 @@ def read_edit(
             )
         made.recall(forget=forget, retain=retain if made.provenance.get("retain") else None)
     except EditError as problem:
-        return made, str(problem)
+        # The library speaks of how prompts are read, the command line has options for it.
+        reason = str(problem).replace("tokenised alike", "tokenised alike (--chat and --eos)")
+        return made, reason
     return made, ""
 
 

@@ -49,6 +49,7 @@ def records(
         raise PromptError(
             f"{place}: expected a file called {' or '.join(wanted)} (or .json, .csv, .parquet)"
             f"{f', or {also}' if also else ''}; found {', '.join(there) or 'no such files'}."
+            + (_SCRIPT if any(place.glob("*.py")) else "")
         )
     if not is_hub_name(source):
         raise PromptError(
@@ -223,6 +224,9 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise PromptError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
 
 
+# Where the hub keeps as files what its owner published as a program, which nothing runs any more.
+_CONVERTED = "refs/convert/parquet"
+_SCRIPT = f" A data set that is a script was converted by the hub: download it with --revision {_CONVERTED}."
 _DOWNLOAD = (
     "Without a network here: 'hf download {name} --repo-type dataset --local-dir FOLDER' where there is one, then give "
     "the folder."
@@ -238,7 +242,13 @@ def _from_hub(name: str, configuration: str, split: str) -> list[Record]:
             f"datasets, or give a local folder. {_DOWNLOAD.format(name=name)}"
         ) from error
     try:
-        return [dict(record) for record in datasets.load_dataset(name, configuration, split=split)]
+        try:
+            found = datasets.load_dataset(name, configuration, split=split)
+        except RuntimeError as error:
+            if "scripts" not in str(error):
+                raise
+            found = datasets.load_dataset(name, configuration, split=split, revision=_CONVERTED)
+        return [dict(record) for record in found]
     except Exception as error:  # the library raises many kinds; all mean that it is not to be had
         reason = str(error).strip().partition("\n")[0]
         raise PromptError(

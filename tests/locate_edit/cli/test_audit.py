@@ -106,10 +106,22 @@ def test_every_command_reads_chats(folder: Path, tmp_path: Path) -> None:
     digest = PromptSet.from_jsonl(rows, tokenizer, chat_template=True, append_eos=True).digest
     how = ("--chat", "--eos")
     data = ("--forget", rows, "--retain", rows)
-    run("edit", model, "--method", "fine-tune", "--steps", 1, *data, "--out", tmp_path / "e", *how)
+    edit = (
+        "--method",
+        "fine-tune",
+        "--steps",
+        1,
+        "--mask",
+        "L1.neuron[3]",
+        "--out",
+        tmp_path / "e",
+    )
+    run("edit", model, *edit, *data, *how)
     assert digest in json.dumps(dict(Edit.load(tmp_path / "e").provenance))
     measured = json.loads(run("evaluate", model, "--edit", tmp_path / "e", *data, *how, "--json").stdout)  # fmt: skip
     assert {about["digest"] for about in measured["sets"].values()} == {digest}
+    other = run("evaluate", model, "--edit", tmp_path / "e", *data, "--random", 1, code=1).stderr
+    assert "tokenised alike (--chat and --eos)" in other
     edited = ("--edit", tmp_path / "e")
     commands: list[tuple[object, ...]] = [
         ("locate", "--prompts", rows, "--retain", rows, "--keep", 3, "--out", tmp_path / "m.safetensors"),

@@ -344,6 +344,36 @@ def test_counterfact_for_tracing_and_downloaded_from_the_hub(tmp_path: Path) -> 
     assert counterfact.rows(tmp_path) == counterfact.rows(write(tmp_path / "flat.json", [CASE]))
 
 
+def test_a_data_set_that_is_a_script_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(
+        name: str, configuration: str, split: str, revision: str | None = None
+    ) -> list[dict[str, Any]]:
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found TOFU.py")
+        return [QUESTION]
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert len(tofu.rows(split="forget01")) == 1
+    assert asked == [None, "refs/convert/parquet"]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table
+    (tmp_path / "TOFU.py").write_text("")
+    with pytest.raises(PromptError, match="download it with --revision refs/convert/parquet"):
+        tofu.rows(tmp_path, "forget01")
+    (tmp_path / "forget01" / "train").mkdir(parents=True)
+    parquet.write_table(
+        table.from_pylist([QUESTION]), tmp_path / "forget01" / "train" / "0000.parquet"
+    )
+    assert tofu.rows(tmp_path, "forget01")[0]["answer"] == QUESTION["answer"]
+
+
 def test_a_clone_of_the_relations_and_a_name_on_the_hub(tmp_path: Path) -> None:
     samples = [{"subject": "Ann", "object": "golf"}, {"subject": "Bo", "object": "chess"}]
     about = {"name": "plays", "prompt_templates": ["{} plays"], "samples": samples}
