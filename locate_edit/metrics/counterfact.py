@@ -17,12 +17,15 @@ by their mean log-probability a token, as ROME's code does.
 | generality | paraphrases | the same | 0 to 1 | up |
 | locality | neighbours | share of places where the most probable token is that of the model before | 0 to 1 | 1 |
 
-Before an edit `efficacy` should be near 0, and `neighbourhood_success` near 1: measure it.
+Before an edit `efficacy` should be near 0, and `neighbourhood_success` near 1: measure it. On the same `Predictions`
+all six together cost two forwards a prompt, paraphrase and neighbour, one with either answer, and one of the reference
+a neighbour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -59,7 +62,7 @@ def efficacy(
 
     Direction: down, better known: the old answer is the target.
     Needs: the new answer first in `wrong`.
-    Cost: two forwards a prompt, one with either answer.
+    Cost: shared forward, and one of each wrong answer.
 
     Args:
         predictions: predictions, or a model.
@@ -125,7 +128,7 @@ def reliability(predictions: Predictions | nn.Module, prompts: PromptSet | None 
 
     Direction: down, better known: the old answer is the target.
     Needs: the new answer first in `wrong`.
-    Cost: one forward a prompt, with the new answer.
+    Cost: shared forward, and one of each wrong answer.
     """
     return _new_tokens(Predictions.of(predictions, prompts), "reliability", None)
 
@@ -222,9 +225,8 @@ def _preference(
 
     def each(asked: Predictions) -> list[float]:
         found = []
-        for old, new in zip(
-            _likelihoods(asked), _likelihoods(asked.wrong.predictions), strict=True
-        ):
+        news = _first(asked, _means(asked.wrong.predictions))
+        for old, new in zip(_means(asked), news, strict=True):
             first, second = (new, old) if winner == "new" else (old, new)
             if magnitude:
                 found.append(float(np.exp(first) - np.exp(second)))
@@ -247,7 +249,7 @@ def _new_tokens(predictions: Predictions, name: str, field: str | None) -> Value
 
     def each(asked: Predictions) -> list[float]:
         new = asked.wrong.predictions
-        return [float(part.mean()) for part in new.split(new.correct)]
+        return _first(asked, [float(part.mean()) for part in new.split(new.correct)])
 
     return Values.make(
         name,
@@ -261,28 +263,31 @@ def _new_tokens(predictions: Predictions, name: str, field: str | None) -> Value
 def _by_fact(
     predictions: Predictions, field: str | None, each: Callable[[Predictions], list[float]]
 ) -> list[float | None]:
-    """`each` prompt of `field` (None: the prompt itself) as a mean by fact; None for a fact without any.
-
-    Prompts are asked with the target and the first wrong answer of their fact.
-    """
-    rows, of = [], []
-    for index, row in enumerate(predictions.prompts.rows):
-        new = list(row.get("wrong", ()))[:1]
-        for text in [row["prompt"]] if field is None else row.get(field, ()):
-            if new and "target" in row:
-                rows.append({"prompt": text, "target": row["target"], "wrong": new})
-                of.append(index)
-    if not rows:
-        return [None] * len(predictions)
-    found = np.array(each(predictions.reread(rows)))
-    facts = np.array(of)
+    """`each` prompt of `field` (None: the prompt itself) as a mean by fact; None for a fact without any."""
+    rows = predictions.prompts.rows
+    facts = [bool(row.get("wrong")) and "target" in row for row in rows]
+    if field is None:
+        found = each(predictions) if any(facts) else []
+        return [value if fact else None for value, fact in zip_longest(found, facts)]
+    if not any(fact and row.get(field) for row, fact in zip(rows, facts, strict=True)):
+        return [None] * len(rows)
+    asked, of = predictions.reworded(field)
+    values = np.array(each(asked))
     return [
-        float(found[facts == index].mean()) if index in set(of) else None
-        for index in range(len(predictions))
+        float(values[of == index].mean()) if index in set(of.tolist()) else None
+        for index in range(len(rows))
     ]
 
 
-def _likelihoods(predictions: Predictions) -> list[float]:
+def _first(asked: Predictions, wrong: Sequence[float]) -> list[float]:
+    """What the first wrong answer of each item has; NaN for an item without any."""
+    found = np.full(len(asked), np.nan)
+    items, places = np.unique(asked.wrong.of, return_index=True)
+    found[items] = np.asarray(wrong)[places]
+    return [float(value) for value in found]
+
+
+def _means(predictions: Predictions) -> list[float]:
     """Mean log-probability a token of each target."""
     return [float(part.mean()) for part in predictions.split(predictions.logprob)]
 

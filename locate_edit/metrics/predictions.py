@@ -27,7 +27,7 @@ from locate_edit.metrics.values import Floats
 from locate_edit.prompts import Batch, PromptSet
 from locate_edit.sampling import Continuation, sample
 
-__all__ = ["Digits", "Predictions", "Wrong", "digit_tokens"]
+__all__ = ["Digits", "Predictions", "Reworded", "Wrong", "digit_tokens"]
 
 # What tokenizers write before a piece of text: nothing, a space (three spellings), "continues a word".
 _PREFIXES = ("", "\u0120", "\u2581", " ", "##")
@@ -55,6 +55,18 @@ class Wrong(NamedTuple):
     Attributes:
         predictions: those on rows that have a wrong answer in the place of the target, one item an answer.
         of: the item of the prompt set that each answer belongs to, `answer` int64, in ascending order.
+    """
+
+    predictions: Predictions
+    of: NDArray[np.int64]
+
+
+class Reworded(NamedTuple):
+    """Predictions on other prompts for the same answers.
+
+    Attributes:
+        predictions: those on rows with another prompt each, the item's target, and its first wrong answer in `wrong`.
+        of: the item of the prompt set that each row belongs to, `row` int64, in ascending order.
     """
 
     predictions: Predictions
@@ -104,6 +116,7 @@ class Predictions:
         self.batch_size = batch_size
         self.reference = reference
         counts = [len(prompts.target_ids(i)) for i in range(len(prompts))]
+        self._reworded: dict[str, Reworded] = {}
         self._sampled: dict[tuple[float, ...], list[list[Continuation]]] = {}
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._starts = self._ends - np.array(counts, dtype=np.int64)
@@ -259,6 +272,28 @@ class Predictions:
                 f"{self.prompts!r} has no wrong answers. Give each row a list of them in the field 'wrong'."
             )
         return Wrong(self.reread(rows), np.array(of, dtype=np.int64))
+
+    def reworded(self, field: str) -> Reworded:
+        """The same model asked in the words of a field of the rows (`paraphrases`), kept for the next metric.
+
+        Of rows with a target and a wrong answer; what stands behind the target (`suffix`) stays. A token mask plays no
+        part, nor do spans.
+
+        Raises:
+            PromptError: no row has both answers and such prompts, or as `reread`.
+        """
+        if field not in self._reworded:
+            rows, of = [], []
+            for index, row in enumerate(self.prompts.rows):
+                new = list(row.get("wrong", ()))[:1]
+                kept = {key: row[key] for key in ("target", "suffix") if key in row}
+                for text in row.get(field, ()) if new and "target" in row else ():
+                    rows.append({**kept, "prompt": text, "wrong": new})
+                    of.append(index)
+            if not rows:
+                raise PromptError(f"{self.prompts!r} has no {field!r} beside a target and 'wrong'.")
+            self._reworded[field] = Reworded(self.reread(rows), np.array(of, dtype=np.int64))
+        return self._reworded[field]
 
     def sampled(
         self,

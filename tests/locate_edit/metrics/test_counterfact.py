@@ -26,6 +26,7 @@ from locate_edit.metrics.fluency import (
     generation_entropy,
     ngram_entropy,
 )
+from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
@@ -103,6 +104,48 @@ def test_sets_without_what_is_needed() -> None:
         assert metric(MODEL, bare).withheld.startswith("needs: a row whose 'wrong' begins with")
     with pytest.raises(PromptError, match="holds other tokens than its rows say"):
         efficacy(MODEL, PROMPTS.preceded([[A]] * 4))
+
+
+def test_what_stands_behind_the_answer_stays() -> None:
+    model, other = tiny("bert"), tiny("bert", seed=3)
+    row = {
+        "prompt": "Ann lives in", "target": " Rome", "wrong": [" Bonn"], "suffix": " since May",
+        "paraphrases": ["The home of Ann is"], "neighbours": ["Bo lives in"],
+    }  # fmt: skip
+    tokenizer = byte_tokenizer(mask=True)
+    seen = Predictions(model, PromptSet([row], tokenizer), reference=other)
+
+    def chances(text: str) -> list[float]:
+        answers = [" Rome", " Bonn"]
+        rows = [{"prompt": text, "target": a, "suffix": row["suffix"]} for a in answers]
+        return likelihood(model, PromptSet(rows, tokenizer)).values.tolist()
+
+    for metric, text, sign in (
+        (efficacy, "Ann lives in", 1),
+        (paraphrase_success, "The home of Ann is", 1),
+        (neighbourhood_success, "Bo lives in", -1),
+    ):
+        old, new = chances(text)
+        values = metric(seen, magnitude=True).values
+        assert values == pytest.approx([sign * (new - old)], rel=1e-4, abs=1e-9)
+    near = PromptSet(
+        [{"prompt": "Bo lives in", "target": " Rome", "suffix": row["suffix"]}], tokenizer
+    )
+    tops = [Predictions(m, near).top for m in (model, other)]
+    assert locality(seen).estimate == (tops[0] == tops[1]).mean()
+
+
+def test_all_scores_together_read_every_text_once() -> None:
+    rows = [
+        {**row, "wrong": [" new"], "paraphrases": ["b"], "neighbours": ["d"]} for row in ROWS[:2]
+    ]
+    model, before = Bigram(len(TOKENIZER), TABLE), Bigram(len(TOKENIZER), TABLE)
+    seen = Predictions(model, PromptSet(rows, TOKENIZER), batch_size=1, reference=before)
+    for metric in (efficacy, paraphrase_success, neighbourhood_success, reliability, generality):
+        assert not metric(seen).withheld
+    assert (model.n_calls, before.n_calls) == (6 * 2, 2)
+    assert not locality(seen).withheld
+    assert (model.n_calls, before.n_calls) == (6 * 2, 2 + 2)
 
 
 def test_batches_order_and_padding_do_not_matter() -> None:

@@ -58,7 +58,7 @@ FORWARDS = {
     "shared forward, and one of each wrong answer.": (2 + 4, 0),
     "one forward a row.": (2, 0),
     "one forward a prompt, with the new answer.": (2, 0),
-    "two forwards a prompt, one with either answer.": (4, 0),
+    "two forwards a prompt, one with either answer.": (4, 0),  # of the paraphrases or neighbours
     "one forward a prompt, and one of the reference.": (2, 2),
     "one forward and backward an item.": (2, 0),
 }
