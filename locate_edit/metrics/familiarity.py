@@ -9,7 +9,6 @@ it holds one of the words, which misses what is told in others.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from locate_edit.metrics.generation import written
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.running import evaluating, scored_batches
 from locate_edit.metrics.values import Values
+from locate_edit.metrics.words import holds_word
 from locate_edit.prompts import PromptSet
 
 __all__ = ["completion_familiarity", "token_familiarity"]
@@ -68,7 +68,7 @@ def completion_familiarity(
 ) -> Values:
     """Fraction of prompts whose greedy continuation holds one of the text's own words.
 
-    Whole words, whatever their case.
+    Whole words, whatever their case; in scripts without spaces between words, anywhere.
 
     Direction: up, better known.
     Needs: a causal model, and rows with words of the text (`content`).
@@ -93,8 +93,7 @@ def completion_familiarity(
             if text is None:
                 values[index] = np.nan
                 continue
-            own = "|".join(re.escape(word) for word in words[index])
-            values[index] = float(bool(re.search(rf"(?<!\w)(?:{own})(?!\w)", text, re.IGNORECASE)))
+            values[index] = float(any(holds_word(text, word) for word in words[index]))
     return Values.make(name, values, unit=unit, direction="up", precondition=_NEEDS)
 
 

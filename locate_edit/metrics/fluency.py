@@ -4,12 +4,12 @@ Papers: Meng et al. 2022, Locating and Editing Factual Associations in GPT (arXi
 Lu et al. 2022, Quark: Controllable Text Generation with Reinforced Unlearning (arXiv:2205.13636), for distinct-n over
 the samples of a prompt.
 
-Words are runs of letters and digits, and single other characters; case counts.
+Words are runs of letters and digits, and single other characters; case counts. In scripts without spaces between words
+(Chinese, Japanese, Thai and their like) every character is one, so compare such texts among themselves.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -20,11 +20,10 @@ from locate_edit.errors import PromptError
 from locate_edit.metrics.generation import written
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
+from locate_edit.metrics.words import words
 from locate_edit.prompts import PromptSet
 
 __all__ = ["distinct", "distinct_share", "generation_entropy", "ngram_entropy"]
-
-_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def ngram_entropy(text: str) -> float:
@@ -32,8 +31,8 @@ def ngram_entropy(text: str) -> float:
 
     Of a text of n words it is at most about log2 n: compare texts of equal length. 0 for fewer than two words.
     """
-    words = _WORD.findall(text)
-    return (_entropy(words, 2) + 2 * _entropy(words, 3)) / 3
+    said = words(text)
+    return (_entropy(said, 2) + 2 * _entropy(said, 3)) / 3
 
 
 def generation_entropy(
@@ -80,8 +79,8 @@ def distinct_share(texts: Sequence[str], n: int = 2) -> float | None:
     """
     if n < 1:
         raise PromptError(f"distinct: n must be at least 1, got {n}.")
-    split = [_WORD.findall(text) for text in texts]
-    grams = {gram for words in split for gram in _grams(words, n)}
+    split = [words(text) for text in texts]
+    grams = {gram for said in split for gram in _grams(said, n)}
     total = sum(map(len, split))
     return len(grams) / total if total else None
 
@@ -134,13 +133,13 @@ def distinct(
     return Values.make(name, values, unit=unit, direction="up", precondition="samples with words")
 
 
-def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+def _grams(said: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
 
 
-def _entropy(words: Sequence[str], n: int) -> float:
+def _entropy(said: Sequence[str], n: int) -> float:
     """Entropy of the frequencies of n-grams (bits)."""
-    counts = np.array(list(Counter(_grams(words, n)).values()), dtype=np.float64)
+    counts = np.array(list(Counter(_grams(said, n)).values()), dtype=np.float64)
     if not len(counts):
         return 0.0
     share = counts / counts.sum()
