@@ -162,7 +162,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "relearning": (
         "What comes back of one half when the edited models are fine-tuned on the other",
-        "edits.relearning(v.relearned, oracle=v.relearned_oracle)",
+        "edits.relearning(v.relearned, oracle=v.relearned_oracle, model=v.model_map.name)",
     ),
     "carried": (
         "Which layers still carry forgotten answers: their stream put into the original",
@@ -174,7 +174,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "attacks": (
         "What attacks bring back, without and under each of them",
-        "edits.attack_dots(v.examined.robustness)",
+        "edits.attack_dots(v.examined.robustness, model=v.model_map.name)",
     ),
     "trade_off": (
         "Forgetting against keeping, for places, methods and sizes",
@@ -490,7 +490,13 @@ class Values:
         made = edit(
             model, NPO(steps=40, lr=1e-3, retain="kl"), mask, forget=forget, retain=facts[::29]
         )
-        attacks = [Formats(), LogitLens(), Quantisation(), Relearning(), Sampling(samples=5)]
+        attacks: list[Any] = [
+            Formats(),
+            LogitLens(),
+            Quantisation(),
+            Relearning(),
+            Sampling(samples=5),
+        ]
         oracle, _ = organism.load("oracle")
         return examine(made, retain=facts[7::45], oracle=oracle, attacks=attacks)
 
@@ -554,10 +560,14 @@ def page() -> str:
     lines = [
         "# Figures",
         "",
-        "Every figure takes `ax=` and returns its axes; `draw.figure_data(ax)` gives the numbers behind it,",
-        '`draw.save_figure(ax, "figure.pdf")` writes it at 300 dpi. All of these are drawn from the model that comes',
-        "with the package by `docs/make_gallery.py`, which makes the values `v`; the code beside each is what drew it,",
-        "after `from circuits import draw` and `from locate_edit import draw as edits`.",
+        "A figure of one panel takes `ax=` and returns its axes. A figure of several makes its own panels, so it takes",
+        "no `ax=`, and returns a list of their axes, or the figure (`carried_map`, `lens_map`, `before_after`), or the",
+        "axes of its first panel (`attack_dots`). Whatever is returned, `draw.figure_data(drawn)` gives the numbers",
+        'behind it and `draw.save_figure(drawn, "figure.pdf")` writes it at 300 dpi.',
+        "",
+        "All of these are drawn from the model that comes with the package by `docs/make_gallery.py`, which makes the",
+        "values `v`; the code beside each is what drew it, after `from circuits import draw` and",
+        "`from locate_edit import draw as edits`.",
         "",
     ]
     for name, (title, line) in FIGURES.items():
