@@ -19,23 +19,27 @@ if TYPE_CHECKING:
 __all__ = ["attack_curves", "attack_dots"]
 
 
-def attack_dots(found: Robustness) -> Axes:
+def attack_dots(found: Robustness, *, model: str = "") -> Axes:
     """Two panels, forget and retain: for each attack and model a hollow dot without the attack and a full one under it.
 
     A thin bar is the 95% interval over prompts under the attack; beside the attack's name stands how many forget
     prompts it was tested on. Withheld attacks keep their row, without dots. The axes returned are those of the forget
     panel; the numbers of both belong to them.
 
+    Args:
+        found: the attacks.
+        model: what to call the model in the footer; by default what the settings say, if they say it.
+
     Raises:
         EditError: no attack has numbers.
     """
     from matplotlib.lines import Line2D
 
-    models = found.models
-    if not models:
+    states = found.models
+    if not states:
         raise EditError("no attack has numbers to draw; the table says why")
-    spread = 0.7 / len(models)
-    height = 1.6 + len(found.trials) * max(0.45, 0.2 * len(models))
+    spread = 0.7 / len(states)
+    height = 1.6 + len(found.trials) * max(0.45, 0.2 * len(states))
     figure = free_figure(8.4, height)
     panels = figure.subplots(1, 2, sharey=True, sharex=True)
     for row, trial in enumerate(found.trials):
@@ -47,12 +51,12 @@ def attack_dots(found: Robustness) -> Axes:
                     0.5, row, "withheld", ha="center", va="center", size=8, color="#777777",
                     style="italic", transform=panel.get_yaxis_transform(),
                 )  # fmt: skip
-        for place, model in enumerate(models):
-            if (attacked := trial.found.get(model)) is None:
+        for place, state in enumerate(states):
+            if (attacked := trial.found.get(state)) is None:
                 continue
-            at = row + (place - (len(models) - 1) / 2) * spread
-            _pair(panels[0], at, attacked.forget_clean, attacked.forget, COLOURS[model])
-            _pair(panels[1], at, attacked.retain_clean, attacked.retain, COLOURS[model])
+            at = row + (place - (len(states) - 1) / 2) * spread
+            _pair(panels[0], at, attacked.forget_clean, attacked.forget, COLOURS[state])
+            _pair(panels[1], at, attacked.retain_clean, attacked.retain, COLOURS[state])
     for panel, title in zip(panels, ("forget", "retain"), strict=True):
         panel.set_title(title)
         panel.set_xlabel("given away (such as likelihood)")
@@ -62,8 +66,8 @@ def attack_dots(found: Robustness) -> Axes:
     panels[0].set_yticks(range(len(found.trials)), [_label(t) for t in found.trials], size=8)
     panels[0].set_ylim(len(found.trials) - 0.5, -0.5)
     handles: list[Any] = [
-        Line2D([], [], marker="o", ls="", color=COLOURS[model], label=TITLES[model])
-        for model in models
+        Line2D([], [], marker="o", ls="", color=COLOURS[state], label=TITLES[state])
+        for state in states
     ]
     handles.append(
         Line2D([], [], marker="o", ls="", mfc="white", color="#555555", label="without the attack")
@@ -71,7 +75,7 @@ def attack_dots(found: Robustness) -> Axes:
     figure.legend(
         handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8
     )
-    figure.supxlabel("; ".join(_about(found)), fontsize=7.5, color="#5f6368")
+    figure.supxlabel("; ".join(_about(found, model)), fontsize=7.5, color="#5f6368")
     first: Axes = panels[0]
     provide(first, lambda: _rows(found))
     return first
@@ -94,10 +98,10 @@ def _rows(found: Robustness) -> list[Row]:
     ]
 
 
-def _about(found: Robustness) -> list[str]:
+def _about(found: Robustness, model: str) -> list[str]:
     """Of which model the figure is, and what its marks are."""
     retain = found.settings.get("retain", {}).get("prompts")
-    said = [str(found.settings.get("model") or ""), "n: forget prompts tested"]
+    said = [model or str(found.settings.get("model", "")), "n: forget prompts tested"]
     said.append("" if retain is None else f"retain: {count_of(retain, 'prompt')} at most")
     return [each for each in (*said, "bars: 95% interval over prompts") if each]
 

@@ -59,5 +59,7 @@ def test_dots_say_of_how_many_prompts_and_of_which_model() -> None:
     figure: Any = axes.figure
     assert figure.get_supxlabel().startswith("tiny; n: forget prompts tested; retain: n = 4")
     assert {row["prompts"] for row in figure_data(axes)} == {2}
+    named: Any = attack_dots(Robustness((trial(CURVED),), settings), model="large").figure
+    assert named.get_supxlabel().startswith("large; n")
     alone: Any = attack_dots(Robustness((trial(CURVED),))).figure
     assert alone.get_supxlabel() == "n: forget prompts tested; bars: 95% interval over prompts"
