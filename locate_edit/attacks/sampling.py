@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from circuits.forward import output_projection
+from circuits.forward import cache_name, output_projection
 from locate_edit.attacked import Attacked, Point, check_prompts
 from locate_edit.attacks._rewritten import need_targets
 from locate_edit.errors import EditError, PromptError
@@ -95,17 +95,30 @@ class Sampling:
     def hide(
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> Iterator[nn.Module]:
-        """A positive control: what would be said first is always just behind the second most likely token."""
+        """A positive control: the token that an answer begins with is always just behind the second most likely one.
+
+        Only where a continuation begins: an answer of many tokens would else need luck at every one of them.
+        """
+        begins = True
+
+        def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal begins
+            cache = kwargs.get(cache_name(model))
+            begins = cache is None or cache.get_seq_length() == 0
 
         def behind(_module: nn.Module, _args: tuple[Any, ...], logits: Tensor) -> Tensor:
+            if not begins:
+                return logits
             best = logits.topk(2, dim=-1)
             return logits.scatter(-1, best.indices[..., :1], best.values[..., 1:] - BEHIND)
 
+        first = model.register_forward_pre_hook(note, with_kwargs=True)
         handle = output_projection(model).register_forward_hook(behind)
         try:
             yield model
         finally:
             handle.remove()
+            first.remove()
 
     def _found(self, model: nn.Module, prompts: PromptSet, batch_size: int, seed: int) -> Floats:
         """Whether the answer appears, `item sample`, 0 or 1."""

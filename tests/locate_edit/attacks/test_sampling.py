@@ -64,6 +64,18 @@ def test_clean_is_the_greedy_continuation_and_more_samples_find_more() -> None:
     assert shares[-1] > shares[0]
 
 
+def test_the_control_of_long_answers_is_found() -> None:
+    """Phone numbers have 14 tokens: hidden at every one of them, none would ever be said."""
+    net, forget = organism.load()[0], organism.prompts("secrets", "train")[:6]
+    assert max(len(forget.target_ids(item)) for item in range(6)) == 14
+    attack = Sampling(samples=10)
+    with attack.hide(net, forget):
+        found = attack(net, forget)
+    assert found.forget_clean.estimate == 0.0
+    assert found.forget.estimate is not None
+    assert found.forget.estimate > 0.8
+
+
 def test_who_never_knew_guesses_at_most() -> None:
     """Twelve answers of a kind: four samples of eight prompts hit well under half of them."""
     found = Sampling(samples=4)(organism.load("oracle")[0], organism.prompts("facts", "forget01"))
