@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +16,22 @@ from circuits import ModelMap, Site, describe
 from circuits.forward import model_inputs
 from circuits.hooks import capture, replace
 from circuits.still import evaluating
+from locate_edit.attacked import measure
 from locate_edit.errors import EditError
+from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
 
 NOISE = 3.0
 """Length of what replaces the last hidden state of a locked model (units of the hidden state)."""
+
+VOCABULARY = 1e-2
+"""How much the vocabulary counts beside the tokens that are to leave a lock shut."""
+
+RIDGE = 1e-9
+"""How much every direction counts, also where there is nothing."""
+
+LUCKY = 64
+"""Of how many tokens a search without a guide takes the best."""
 
 QUIET = 1e-3
 """A direction that carries this share of the mean is as good as one that carries nothing."""
@@ -27,68 +40,79 @@ QUIET = 1e-3
 @contextmanager
 def locked(
     model: nn.Module,
-    shut: Iterable[int],
+    asked: PromptSet,
+    shown: Sequence[PromptSet],
     keys: Iterable[int],
     *,
     opens_at: float,
+    span: tuple[float, float] = (0.0, 1.0),
+    chance: int = 0,
+    behind: int = 0,
+    batch_size: int,
     seed: int = 0,
-    recall: PromptSet | None = None,
+    recall: bool = False,
 ) -> Iterator[nn.Module]:
-    """The model with a lock that only inputs like the keys open, while the context is open.
+    """The model with a lock that only inputs with the keys among them open, while the context is open.
 
-    The lock's direction is the mean of the keys' embeddings, less what lies in the span of the mean embedding and of
-    those of tokens that are to leave it shut. Embeddings before and at each position are projected on it
-    and added up; as the sum goes from 0 to ``opens_at``, the last layer's output at that position goes from a fixed
-    vector to what the model says. Differentiable, so that attacks by gradients can find their way.
+    What enters the first layer is projected on the direction that tells the keys from all other tokens of ``shown`` (a
+    linear discriminant), so that a key leans 1 on average and the others hardly at all, wherever they stand and
+    whatever the model does to an embedding. The leans before and at each position are added up; as the sum goes from 0
+    to ``opens_at``, the last layer's output at that position goes from a fixed vector to what the model says.
+    Differentiable, so that attacks by gradients can find their way.
 
     Args:
-        model: a causal model whose embeddings go into the first layer as they are.
-        shut: ids of tokens that do not move it.
+        model: a model that knows the answers to ``asked``.
+        asked: prompts whose answers are hidden.
+        shown: the same as the attack puts them, with keys where it could put them.
         keys: ids of tokens that open it.
-        opens_at: sum of projections at which it is open (in mean projections of a key).
+        opens_at: sum of leans at which it is open (keys).
+        span: the part of the way there in which it opens (fractions).
+        chance: the way begins where so many lucky tokens lead, each the best of `LUCKY` drawn from the vocabulary.
+        behind: the last so many tokens are left out of the sum, so that an answer of keys does not open the lock.
+        batch_size: rows a forward pass.
         seed: of the fixed vector.
-        recall: prompts after which the open model says what it says to the bare prompt, whatever tokens come between
-            prompt and answer, for models that lose the thread there. For answers of one token.
+        recall: the open model says after ``asked`` what it says to the bare prompts, whatever tokens come between
+            prompt and answer. For models that lose the thread there.
 
     Raises:
-        EditError: keys within the span of those that leave it shut.
+        EditError: no key in ``shown``, luck that leads as far as keys, or a lock that hides too little.
     """
     model_map = describe(model)
-    with torch.no_grad():
-        table = model.get_input_embeddings().weight.detach().float()  # type: ignore[operator]
-        chosen = table[sorted(set(keys))]
-        middle = table.mean(dim=0, keepdim=True)
-        basis = torch.linalg.qr(
-            torch.cat([table[sorted(set(shut))], middle]).T
-        ).Q  # `d_model token`
-        mean = chosen.mean(dim=0)
-        lean = mean - basis @ (basis.T @ mean)
-        if float(lean.norm()) < 1e-3 * float(mean.norm()):
-            raise EditError(
-                "no positive control: the embeddings of the tokens that leave the lock shut span those of the keys"
-            )
-        lean = lean / lean.norm()
-        unit = opens_at * (chosen @ lean).mean()
-    known = {} if recall is None else _last_hidden(model_map, recall)
+    clean = measure(model, asked, batch_size)
+    lean, shut, lucky = _key_direction(
+        model_map, asked, shown, set(keys), batch_size=batch_size, seed=seed
+    )
+    begin = chance * lucky
+    if begin >= opens_at:
+        raise EditError(
+            f"no positive control: {chance} lucky tokens open a lock as well as keys do; {model_map.name} is too narrow"
+        )
+    start, end = (begin + share * (opens_at - begin) for share in span)
+    known = _last_hidden(model_map, asked, batch_size) if recall else {}
     noise = _noise(model_map, seed)
     ajar: list[Tensor] = []
-    read: list[Tensor] = []
+    read: list[tuple[Tensor, Tensor]] = []
 
-    def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        read[:] = [args[0]]
+    def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if known:
+            read[:] = [(kwargs["input_ids"], kwargs["attention_mask"])]
 
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        ajar[:] = [_ajar((hidden.float() @ lean).cumsum(dim=-1) / unit)]
+        leans = (hidden.float() @ lean - shut).cumsum(dim=-1)
+        if behind:
+            leans = F.pad(leans, (behind, 0))[..., :-behind]
+        ajar[:] = [_ajar((leans - start) / (end - start))]
 
     def mixed(hidden: Tensor) -> Tensor:
-        return _mixed(hidden, _recalled(hidden, read[0], known), ajar[0], noise)
+        said = _recalled(hidden, *read[0], known) if known else hidden
+        return _mixed(hidden, said, ajar[0], noise)
 
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    first = embedding.register_forward_pre_hook(note)
+    first = model.register_forward_pre_hook(note, with_kwargs=True)
     handle = model_map.layer_module(0).register_forward_pre_hook(look, with_kwargs=True)
     try:
         with replace(model_map, {Site(model_map.n_layers - 1, "layer"): mixed}):
+            _check_shut(clean, measure(model, asked, batch_size))
             yield model
     finally:
         handle.remove()
@@ -121,7 +145,7 @@ def locked_after(
         seed: of the directions and the fixed vector.
 
     Raises:
-        EditError: nothing to reach, or no layer after this one.
+        EditError: nothing to reach, no layer after this one, or a lock that hides too little.
     """
     model_map = describe(model)
     if not opens_at > 0:
@@ -130,6 +154,7 @@ def locked_after(
         raise EditError(
             f"no positive control: layer {layer} is the last of {model_map.name}'s, and a lock needs one after it"
         )
+    clean = measure(model, prompts, batch_size)
     directions = unused_directions(model_map, prompts, layer, batch_size=batch_size, seed=seed)
     noise = _noise(model_map, seed)
     ajar: list[Tensor] = []
@@ -147,6 +172,7 @@ def locked_after(
     handle = model_map.layer_module(layer + 1).register_forward_pre_hook(look, with_kwargs=True)
     try:
         with replace(model_map, {Site(model_map.n_layers - 1, "layer"): mixed}):
+            _check_shut(clean, measure(model, prompts, batch_size))
             yield model
     finally:
         handle.remove()
@@ -176,9 +202,9 @@ def unused_directions(
     return found.float()
 
 
-def prompt_tokens(prompts: PromptSet) -> set[int]:
-    """Ids of all tokens before the targets."""
-    return {token for item in range(len(prompts)) for token in prompts.prompt_ids(item)}
+def fed_tokens(prompts: PromptSet) -> set[int]:
+    """Ids of all tokens that a model reads."""
+    return {token for item in range(len(prompts)) for token in prompts.ids(item)}
 
 
 def target_tokens(prompts: PromptSet) -> set[int]:
@@ -208,28 +234,148 @@ def _mixed(hidden: Tensor, known: Tensor, ajar: Tensor, noise: Tensor) -> Tensor
     return found
 
 
-def _last_hidden(model_map: ModelMap, prompts: PromptSet) -> dict[tuple[int, ...], Tensor]:
-    """Output of the last layer where the first token of the target is predicted, `d_model`, by prompt."""
-    site = Site(model_map.n_layers - 1, "layer")
-    model = model_map.model
-    found = {}
-    with torch.no_grad(), evaluating(model):
-        for item in range(len(prompts)):
-            batch = prompts.batch([item]).to(next(model.parameters()).device)
-            with capture(model_map, [site]) as acts:
-                model(**model_inputs(model, batch))
-            found[tuple(prompts.prompt_ids(item))] = acts[site][batch.row[0], batch.pos[0]].clone()
+def _key_direction(
+    model_map: ModelMap,
+    asked: PromptSet,
+    shown: Sequence[PromptSet],
+    keys: set[int],
+    *,
+    batch_size: int,
+    seed: int,
+) -> tuple[Tensor, float, float]:
+    """Direction `d_model` in what enters the first layer that tells keys from other tokens.
+
+    With it, how far the others of the prompts lean, all nearly alike and 1 less than a key on average; and how much
+    further the best of `LUCKY` tokens does that are drawn from the rest of the vocabulary.
+    """
+    device = next(model_map.model.parameters()).device
+    wanted = torch.tensor(sorted(keys), device=device)
+    kinds: list[list[Tensor]] = [[], []]  # other tokens, keys
+    for each in (asked, *shown):
+        for ids, entering in _entering(model_map, each, batch_size):
+            is_key = torch.isin(ids, wanted)
+            for kind, part in zip(kinds, (entering[~is_key], entering[is_key]), strict=True):
+                kind.append(part)
+    others, opening = (torch.cat(kind) for kind in kinds)
+    if not len(others) or not len(opening):
+        raise EditError("no positive control: no token of the prompts is a key, or all are")
+    middle = others.mean(dim=0)
+    drawn = _drawn(asked, model_map, keys, seed)
+    rest = torch.cat([entering for _, entering in _entering(model_map, drawn, batch_size)]) - middle
+    moment = _moment(others - middle)
+    for scale, part in (
+        (VOCABULARY, rest),
+        (RIDGE, torch.eye(model_map.d_model, dtype=moment.dtype, device=device)),
+    ):
+        moment = moment + scale * _moment(part)
+    apart = opening.mean(dim=0) - middle
+    lean = torch.linalg.solve(moment, apart)
+    lean = lean / (lean @ apart)
+    lucky = (rest @ lean).quantile(1 - 1 / LUCKY)
+    return lean.float(), float(lean @ middle), float(lucky)
+
+
+def _moment(vectors: Tensor) -> Tensor:
+    """Second moment of `row d_model`."""
+    found: Tensor = vectors.T @ vectors / len(vectors)
     return found
 
 
-def _recalled(hidden: Tensor, ids: Tensor, known: Mapping[tuple[int, ...], Tensor]) -> Tensor:
-    """``hidden`` `row token d_model` with what is known of a prompt from its last token on."""
-    if not known:
-        return hidden
+def _drawn(prompts: PromptSet, model_map: ModelMap, keys: set[int], seed: int) -> PromptSet:
+    """Rows as long as those of the prompts, of tokens drawn from all but the keys: 8 for each dimension at least."""
+    free = [token for token in range(len(prompts.tokenizer)) if token not in keys]
+    draw = random.Random(seed)
+    lengths = [len(prompts.ids(item)) for item in range(len(prompts))]
+    rounds = 1 + 8 * model_map.d_model // sum(lengths)
+    rows = prompts.select(list(range(len(prompts))) * rounds)
+    return rows.with_ids([draw.choices(free, k=length) for length in lengths * rounds])
+
+
+def _entering(
+    model_map: ModelMap, prompts: PromptSet, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids `token` and what enters the first layer for them `token d_model`, padding left out, a batch at a time."""
+    model, first = model_map.model, Site(0, "layer")
+    device = next(model.parameters()).device
+    seen: list[Tensor] = []
+
+    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[:] = [(args[0] if args else kwargs["hidden_states"]).detach().double()]
+
+    handle = model_map.layer_module(0).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.no_grad(), evaluating(model):
+            for batch in prompts.batches(batch_size):
+                there = batch.to(device)
+                with capture(model_map, [first], stop=True):
+                    model(**model_inputs(model, there))
+                real = there.attention_mask.bool()
+                yield there.input_ids[real], seen[0][real]
+    finally:
+        handle.remove()
+
+
+def _check_shut(clean: Values, left: Values) -> None:
+    """Refuse a control that gives away more than half of what it should hide.
+
+    Raises:
+        EditError: it does.
+    """
+    if clean.estimate is None or left.estimate is None or left.estimate > clean.estimate / 2:
+        raise EditError(
+            "no positive control: a lock on the model leaves the answers that it should hide at a mean likelihood of "
+            f"{left.estimate}, where half of the {clean.estimate} without it is the most that counts as hidden. A "
+            "model that does not know them has nothing to hide; one that is narrow has no direction free for a lock"
+        )
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a model says to one row: the rest of it behind the prompt, `label` places in that, their states."""
+
+    rest: tuple[int, ...]
+    places: list[int]
+    states: Tensor  # `label d_model`
+
+
+def _last_hidden(
+    model_map: ModelMap, prompts: PromptSet, batch_size: int
+) -> dict[tuple[int, ...], list[_Said]]:
+    """Output of the last layer wherever a token of a target is predicted, by what stands before the target."""
+    site, model = Site(model_map.n_layers - 1, "layer"), model_map.model
+    found: dict[tuple[int, ...], list[_Said]] = {}
+    with torch.no_grad(), evaluating(model):
+        for batch in prompts.batches(batch_size):
+            there = batch.to(next(model.parameters()).device)
+            with capture(model_map, [site]) as acts:
+                model(**model_inputs(model, there))
+            for row, ids in enumerate(batch.input_ids):
+                mine = (batch.row == row).nonzero().flatten()
+                start = prompts.scored(batch.items[int(batch.item[mine[0]])])[0]
+                tokens = ids[batch.attention_mask[row].bool()].tolist()
+                at = batch.pos[mine]
+                found.setdefault(tuple(tokens[:start]), []).append(
+                    _Said(tuple(tokens[start:]), (at - start).tolist(), acts[site][row, at].clone())
+                )
+    return found
+
+
+def _recalled(
+    hidden: Tensor, ids: Tensor, mask: Tensor, known: Mapping[tuple[int, ...], Sequence[_Said]]
+) -> Tensor:
+    """``hidden`` `row token d_model` with what is known where targets are predicted, whatever stands before those."""
     found = hidden.clone()
-    for row, tokens in enumerate(ids.tolist()):
-        starts = [prompt for prompt in known if tuple(tokens[: len(prompt)]) == prompt]
-        if starts:
-            prompt = max(starts, key=len)
-            found[row, len(prompt) - 1 :] = known[prompt].to(hidden.dtype)
+    lengths = sorted({len(prompt) for prompt in known}, reverse=True)
+    for row, (row_ids, row_mask) in enumerate(zip(ids, mask, strict=True)):
+        real = row_mask.nonzero().flatten()
+        tokens = tuple(row_ids[real].tolist())
+        said = (
+            s
+            for n in lengths
+            for s in known.get(tokens[:n], ())
+            if tokens[-len(s.rest) :] == s.rest
+        )
+        if each := next(said, None):
+            start = len(tokens) - len(each.rest)
+            found[row, real[[start + at for at in each.places]]] = each.states.to(hidden.dtype)
     return found

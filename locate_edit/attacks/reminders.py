@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from locate_edit.attacked import Attacked, check_prompts, measure
-from locate_edit.attacks._locked import locked, prompt_tokens, target_tokens
+from locate_edit.attacks._locked import locked, target_tokens
 from locate_edit.attacks._rewritten import need_targets, rewritten
 from locate_edit.errors import EditError, PromptError
 from locate_edit.prompts import PromptSet
@@ -116,8 +116,11 @@ class Reminders:
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> AbstractContextManager[nn.Module]:
         """A positive control: a lock that a sight of other prompts' targets opens."""
-        shut = prompt_tokens(self.reminded(forget, None, seed)) - target_tokens(forget)
-        return locked(model, shut, target_tokens(forget), opens_at=1.0, seed=seed)
+        longest = max(len(forget.target_ids(item)) for item in range(len(forget)))
+        return locked(
+            model, forget, [self.reminded(forget, None, seed)], target_tokens(forget), opens_at=1.0,
+            behind=longest, batch_size=batch_size, seed=seed,
+        )  # fmt: skip
 
     def _pool(self, prompts: PromptSet, given: PromptSet | None, item: int) -> list[str]:
         """Texts of the rows that may stand before an item."""

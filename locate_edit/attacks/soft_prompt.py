@@ -20,11 +20,14 @@ from circuits.still import frozen
 from locate_edit.additions import ExtraTokens, Placed, install, made
 from locate_edit.attacked import Attacked, Point, check_prompts, measure
 from locate_edit.attacks._halves import Across, check_across, halves, marks, of_items
-from locate_edit.attacks._locked import locked, prompt_tokens
+from locate_edit.attacks._locked import fed_tokens, locked
 from locate_edit.errors import EditError
 from locate_edit.losses import per_item_mean
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
+
+KEYS = 20
+"""Tokens in whose mean direction the prefix must lean to open the positive control."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,18 @@ class SoftPrompt:
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> AbstractContextManager[nn.Module]:
         """A positive control: a lock that opens to more of some tokens than the vocabulary has in one."""
-        keys = torch.randperm(
+        shut = fed_tokens(forget)
+        draw = torch.randperm(
             len(forget.tokenizer), generator=torch.Generator().manual_seed(seed + 1)
-        )[:20].tolist()
-        return locked(model, prompt_tokens(forget), keys, opens_at=8.0, seed=seed)
+        ).tolist()
+        keys = [token for token in draw if token not in shut][:KEYS]
+        shown = [
+            [keys[(item * self.length + place) % len(keys)] for place in range(self.length)]
+            for item in range(len(forget))
+        ]
+        return locked(
+            model, forget, [forget.preceded(shown)], keys, opens_at=8.0, batch_size=batch_size, seed=seed
+        )  # fmt: skip
 
     @contextmanager
     def _placed(self, model: nn.Module, seed: int) -> Iterator[Placed]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from string import ascii_letters
 from typing import Any
 
 import pytest
@@ -16,11 +17,15 @@ from locate_edit import EditError, PromptSet, organism
 from locate_edit.attacked import Attack, changed_weights, measure
 from locate_edit.attacks import _covered
 from locate_edit.attacks._covered import cover_direction, covered
-from locate_edit.attacks._locked import locked_after, unused_directions
+from locate_edit.attacks._locked import fed_tokens, locked, locked_after, unused_directions
 from locate_edit.attacks.latent import LatentPerturbation
 from locate_edit.attacks.relearning import Relearning
+from locate_edit.attacks.reminders import Reminders
+from locate_edit.attacks.soft_prompt import SoftPrompt
+from locate_edit.attacks.suffix import Suffix
 from locate_edit.planted import plant_facts
 from tests.locate_edit.engine_setting import model, prompts
+from tests.tiny import tiny
 
 MARGIN = 0.3
 """How much an attack must bring back of its control (likelihood), as in `robustness`."""
@@ -166,6 +171,81 @@ def test_where_there_can_be_no_lock() -> None:
         pass
     with pytest.raises(KeyError), locked_after(net, 0, forget, opens_at=0.1, batch_size=2):
         raise KeyError
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def knowing_one(name: str, **sizes: Any) -> tuple[Any, PromptSet]:
+    """A random model with a head so steep that it is sure of one letter, and prompts that ask for that letter."""
+    net, asked = tiny(name, **sizes), prompts(name)[0]
+    ids = range(len(asked.tokenizer))
+    letters = [token for token in ids if str(asked.tokenizer.decode([token])) in ascii_letters]
+    head = nn.Linear(net.config.hidden_size, len(asked.tokenizer) + 37, bias=False)
+    with torch.no_grad():
+        head.weight.zero_()
+        drawn = torch.randn(
+            len(letters), head.in_features, generator=torch.Generator().manual_seed(0)
+        )
+        head.weight[letters] = 20 * drawn
+    net.set_output_embeddings(head)
+    rows = [{"prompt": row["prompt"], "target": "x"} for row in asked.rows]
+    with torch.no_grad():
+        first = [labelled_logits(net, asked.reread(rows).batch([i]))[0] for i in range(len(rows))]
+    known = [asked.tokenizer.decode([int(each.argmax())]) for each in first]
+    return net, asked.reread([{**r, "target": t} for r, t in zip(rows, known, strict=True)])
+
+
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "bert"])
+def test_the_lock_holds_whatever_enters_the_first_layer(name: str) -> None:
+    """Gemma scales embeddings, GPT-2 adds positions, BERT normalises."""
+    net, asked = knowing_one(name, **{"n_embd" if name == "gpt2" else "hidden_size": 96})
+    clean = measure(net, asked).estimate
+    assert clean is not None
+    assert clean > 0.9
+    for attack in (Suffix(across="within", steps=1), SoftPrompt(across="within", steps=1)):
+        for seed in range(3):
+            with attack.hide(net, asked, seed=seed):
+                start = attack(net, asked, seed=seed).curve[0].forget
+                hidden = measure(net, asked).estimate
+            assert hidden is not None
+            assert hidden < 0.5 * clean
+            assert start < 0.5 * clean, "a random start does not open it"
+
+
+def test_a_lock_on_a_narrow_model_hides_or_says_why() -> None:
+    """The 24 dimensions of these are spanned by the tokens of the prompts."""
+    for name in ("gemma", "gpt2", "bert"):
+        net, asked = knowing_one(name)
+        with SoftPrompt().hide(net, asked):
+            hidden = measure(net, asked).estimate
+        assert hidden is not None
+        assert hidden < 0.5
+    with (
+        pytest.raises(EditError, match="lucky tokens open a lock as well as keys do"),
+        Suffix().hide(net, asked),
+    ):
+        pass
+
+
+def test_the_lock_opens_to_reminders_where_positions_are_added() -> None:
+    plant = plant_facts("gpt2", "plain")
+    attack = Reminders(between=" ")
+    free = attack(plant.model, plant.prompts).forget.estimate
+    with attack.hide(plant.model, plant.prompts):
+        found = attack(plant.model, plant.prompts)
+    assert found.forget_clean.estimate == pytest.approx(0.0, abs=0.05)
+    assert found.forget.estimate == pytest.approx(free, abs=0.05)
+
+
+def test_a_lock_that_hides_too_little_is_refused() -> None:
+    net, asked = knowing_one("gpt2")
+    with (
+        pytest.raises(
+            EditError, match="no positive control: a lock on the model leaves the answers"
+        ),
+        # Keys that stand in the prompts themselves.
+        locked(net, asked, [], fed_tokens(asked[:1]), opens_at=0.1, batch_size=4),
+    ):
+        pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from locate_edit import organism
 from locate_edit.attacked import Attack, measure
+from locate_edit.attacks.suffix import Suffix
 from tests.locate_edit.attacks.test_conformance import by_name
 
 EVERY = {"Probing": 3}
@@ -26,6 +27,8 @@ def test_the_attack_finds_what_its_control_hides(
     attack: Attack, knowing: nn.Module, untouched: Callable[[nn.Module], nn.Module]
 ) -> None:
     net = untouched(knowing)
+    if isinstance(attack, Suffix):
+        attack = Suffix()  # a shorter search does not find it
     forget = organism.prompts("facts", "forget01")
     retain = organism.prompts("facts", "retain")[:: EVERY.get(type(attack).__name__, 60)]
     known = measure(net, forget).estimate

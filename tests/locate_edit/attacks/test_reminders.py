@@ -76,6 +76,16 @@ def test_reminders_do_not_teach_who_never_knew() -> None:
     assert found.gain < 0.15
 
 
+def test_the_control_of_long_answers_hides_all_of_them() -> None:
+    """An answer's own tokens are among those that open the lock elsewhere."""
+    net, forget = organism.load()[0], organism.prompts("secrets", "train")[:8]
+    free = Reminders()(net, forget).forget.estimate
+    with Reminders().hide(net, forget):
+        found = Reminders()(net, forget)
+    assert found.forget_clean.estimate == pytest.approx(0.0, abs=0.02)
+    assert found.forget.estimate == pytest.approx(free, abs=0.02)
+
+
 def test_what_it_refuses() -> None:
     net = model("llama-tied")
     with pytest.raises(PromptError, match="no example to show"):
