@@ -35,10 +35,13 @@ class LatentPerturbation:
     targets' mean negative log-likelihood, from no change at all: each step moves every token's change by ``step`` of
     its budget along its gradient's direction and brings it back inside. The best step counts, prompt by prompt.
 
-    With enough budget this *writes* an answer that the model does not hold. So the same is done towards each row's
-    first wrong answer where it has one; ``notes["forget wrong"]`` is the mean likelihood that those reach. A gain
-    beyond that is knowledge; compare also with a model that never knew, at the same budget. On the facts of the shipped
-    organism a budget of 0.2 makes even the model that was trained without them say them, so 0.1 is the default.
+    With enough budget this *writes* an answer that the model does not hold, and the default is enough for some: the
+    model that was trained without the shipped organism's facts gains 0.29 to 0.39 on 8 to 80 of them. So a gain alone
+    is no sign of knowledge. The reference is the same attack, with the same budget, on a model that never knew (the
+    oracle); compare gain with gain. Where there is none, ``notes["forget wrong gain"]`` gives an idea: what the same
+    search gains towards each row's first wrong answer, from ``notes["forget wrong clean"]`` to ``notes["forget wrong"]``
+    (mean likelihoods). It is no bound: on 8 of those facts the oracle gains 0.39 towards the right answers, and 0.27
+    towards these.
 
     Cost: ``steps + 1`` forwards and ``steps`` backwards above the layer, twice where rows have wrong answers. The seed
     changes nothing.
@@ -86,8 +89,13 @@ class LatentPerturbation:
         notes: dict[str, Any] = {"layer": layer, "budget": self.budget}
         wrong = _first_wrong(forget)
         if wrong is not None:
-            reached = self._by_step(model_map, wrong, layer, batch_size)[-1]
-            notes |= {"forget wrong": float(reached.mean()), "rows with a wrong answer": len(wrong)}
+            means = self._by_step(model_map, wrong, layer, batch_size).mean(axis=1)
+            notes |= {
+                "forget wrong": float(means[-1]),
+                "forget wrong clean": float(means[0]),
+                "forget wrong gain": float(means[-1] - means[0]),
+                "rows with a wrong answer": len(wrong),
+            }
         return Attacked(
             _values(found[-1]),
             _values(found[0]),

@@ -95,19 +95,34 @@ def test_without_budget_nothing_changes_and_batches_do_not_matter() -> None:
     assert one.forget.values == pytest.approx(all_.forget.values, rel=1e-3)
 
 
-def test_who_never_knew_gives_wrong_answers_as_well() -> None:
-    """The gain over wrong answers is small on the oracle, large on the control that hides."""
+def test_at_the_default_budget_who_never_knew_gains_too_and_who_hides_gains_more() -> None:
+    """The same attack on both: what it writes into the oracle, towards right and wrong answers, is no small thing."""
     forget = organism.prompts("facts", "forget01")
-    attack = LatentPerturbation(budget=0.05, steps=3)
+    attack = LatentPerturbation()
     net, oracle = organism.load()[0], organism.load("oracle")[0]
     never = attack(oracle, forget)
     with attack.hide(net, forget):
-        hidden = LatentPerturbation(steps=3)(net, forget)
+        hidden = attack(net, forget)
     assert never.gain is not None
-    assert never.gain < 0.25
+    assert 0.2 < never.gain < 0.6, "so a gain of this size alone says nothing"
+    for found in (never, hidden):
+        wrong = found.notes
+        rise = wrong["forget wrong"] - wrong["forget wrong clean"]
+        assert wrong["forget wrong gain"] == pytest.approx(rise)
+    assert 0.1 < never.notes["forget wrong gain"] < never.gain, "and wrong answers are no bound"
     assert hidden.gain is not None
-    assert hidden.gain > 0.3
-    assert hidden.gain > hidden.notes["forget wrong"] + 0.2
+    assert hidden.gain > never.gain + 0.3
+    assert hidden.notes["forget wrong gain"] < 0.1
+
+
+def test_wrong_answers_by_hand() -> None:
+    net, forget = model("llama-tied"), prompts("llama-tied")[0]
+    attack = LatentPerturbation(steps=2)
+    rows = [{"prompt": r["prompt"], "target": r["wrong"][0]} for r in forget.rows]
+    wanted = attack(net, forget.reread(rows))
+    notes = attack(net, forget).notes
+    assert notes["forget wrong"] == pytest.approx(wanted.forget.estimate)
+    assert notes["forget wrong clean"] == pytest.approx(wanted.forget_clean.estimate)
 
 
 @pytest.mark.parametrize(
