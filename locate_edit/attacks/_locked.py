@@ -93,9 +93,9 @@ def locked(
     ajar: list[Tensor] = []
     read: list[tuple[Tensor, Tensor]] = []
 
-    def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if known:
-            read[:] = [(kwargs["input_ids"], kwargs["attention_mask"])]
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        read[:] = [(ids, kwargs.get("attention_mask", torch.ones_like(ids)))]
 
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
