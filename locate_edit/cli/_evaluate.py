@@ -15,7 +15,7 @@ from locate_edit.cli import _compare
 from locate_edit.cli.saying import terminal, wants_progress
 from locate_edit.errors import LocateEditError
 from locate_edit.reports.evaluation import evaluate
-from locate_edit.reports.report import FILES
+from locate_edit.reports.report import MEASURED
 
 USUAL = ("likelihood", "exact-memorization", "perplexity")
 """What is measured where no metric is named."""
@@ -62,13 +62,18 @@ def measure_and_write(
     report = evaluate(target, progress=wants_progress(as_json), **options)
     report = replace(report, notes=(*report.notes, *notes))
     if out is not None:
-        with atomic_folder(out, like="report.json", ours=FILES) as place:
+        with atomic_folder(out, like="report.json", ours=MEASURED) as place:
             report.save(place)
     if not as_json:
         console = terminal()
         console.print(report.table(width=console.width))
         console.print(report.summary, highlight=False)
-        for note in notes:
+        # What is missing for the same reason in every state is said once.
+        missing: dict[str, dict[str, None]] = {}
+        for key, _, why in report.withheld():
+            missing.setdefault(why, {})[key] = None
+        lines = [f"{', '.join(keys)}: no number, {why}" for why, keys in missing.items()]
+        for note in (*report.notes, *lines):
             console.print(f"Note: {note}", highlight=False, markup=False)
         if out is not None:
             console.print(f"Written: {out / 'report.html'}", soft_wrap=True)

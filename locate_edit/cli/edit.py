@@ -88,13 +88,14 @@ def edit(
     from circuits.atomic import check_folder
     from locate_edit import editing
     from locate_edit.checkpoints import load, save
+    from locate_edit.reports.report import MEASURED
 
     chosen = catalog.build("method", method, hyperparameters(settings, steps=steps, lr=lr))
     check_folder(out, like="edit.json")
     if merge is not None:
         check_folder(merge, like="config.json")
     if report is not None:
-        check_folder(report, like="report.json")
+        check_folder(report, like="report.json", ours=MEASURED)
     loaded, tokenizer = load(model, dtype=dtype, device=device)
     model_map = describe(loaded)
     reading = {"chat": chat, "eos": eos}

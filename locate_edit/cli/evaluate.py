@@ -72,11 +72,11 @@ def evaluate(
     from circuits.atomic import check_folder
     from locate_edit.checkpoints import load
     from locate_edit.cli._evaluate import build, measure_and_write
-    from locate_edit.reports.report import FILES
+    from locate_edit.reports.report import MEASURED
 
     measures = build(metrics, name_values(settings, "--set"))
     if out is not None:
-        check_folder(out, like="report.json", ours=FILES)
+        check_folder(out, like="report.json", ours=MEASURED)
     target: Any
     target, tokenizer = load(model, dtype=dtype, device=device)
     model_map = describe(target)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from locate_edit.cli.options import (
     Also,
     Attacks,
@@ -71,12 +73,20 @@ def report(
     from circuits import describe
     from circuits.atomic import atomic_folder, check_folder
     from locate_edit.checkpoints import load
-    from locate_edit.cli import _attack
+    from locate_edit.cli import _attack, _evaluate
     from locate_edit.reports.examination import examine
     from locate_edit.reports.report import FILES
 
     none = list(attacks or ()) == ["none"]
-    chosen = [] if none else _attack.build(attacks, name_values(settings, "--set"))
+    own = name_values(settings, "--set")
+    named = metrics or _evaluate.USUAL
+    of_metrics = {key: own.pop(key) for key in list(own) if key.rpartition(".")[0] in named}
+    measures = _evaluate.build(metrics, of_metrics)
+    if none and own:
+        raise typer.BadParameter(
+            f"{next(iter(own))}: there is no attack that it could be for", param_hint="--set"
+        )
+    chosen = [] if none else _attack.build(attacks, own)
     if chosen:
         _attack.steps_fit(chosen, steps)
     further = name_values(also, "--also")
@@ -94,7 +104,7 @@ def report(
     stop = False
     try:
         found = examine(
-            made, metrics, forget=gone, retain=kept,
+            made, measures, forget=gone, retain=kept,
             others={name: read_prompts(Path(file), model_map, tokenizer, **reading) for name, file in further.items()},
             oracle=oracles[0], other_oracle=oracles[1], attacks=chosen, random=masks, seconds=seconds,
             steps=steps, batch_size=batch_size, seed=seed, progress=wants_progress(as_json),

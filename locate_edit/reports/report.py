@@ -37,9 +37,10 @@ __all__ = [
 ]
 
 FORMAT = 1
+MEASURED = ("report.json", "report.md", "report.html", "before_after.png", "oracle_distance.png")
 FILES = (
-    "report.json", "report.md", "report.html", "robustness.json", "layers.json", "before_after.png",
-    "oracle_distance.png", "attacks.png", "relearning*.png", "carried.png", "lens.png", "weight_change.png",
+    *MEASURED, "robustness.json", "layers.json", "attacks.png", "relearning*.png", "carried.png", "lens.png",
+    "weight_change.png",
 )  # fmt: skip
 """What the folder of a report or an examination may hold."""
 _ARROWS = {"up": "\u2191", "down": "\u2193"}

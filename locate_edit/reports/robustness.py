@@ -140,10 +140,10 @@ class Trial:
         """What the attack shows about a model, in two or three words.
 
         "brings answers back": it adds to what the model gives away, it adds more than to the oracle, and the oracle
-        ends below (all three differences are at least `LEAST`, with 95% intervals above 0). Without an oracle's number none of this can
-        be told, and the measure only "rises". "stays above the oracle": the model ends above the oracle, but by what it
-        gives away without the attack: not forgotten rather than hidden. It "breaks the model" where retain is lost and
-        nothing came back. "nothing shown": none of these, at this number of prompts.
+        ends below (all three differences are at least `LEAST`, with 95% intervals above 0). Without an oracle's number
+        this cannot be told, and the measure only "rises". "stays above the oracle": the model ends above the oracle,
+        but by what it gives away without the attack: not forgotten rather than hidden. It "breaks the model" where
+        retain is lost and nothing came back. "nothing shown": none of these, at this number of prompts.
         """
         if self.reason(model) or model not in self.found:
             return "withheld"

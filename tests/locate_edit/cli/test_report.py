@@ -162,6 +162,39 @@ def test_attacks_do_not_overwrite_a_report_or_leave_an_old_figure(
     assert not (attacks / "robustness.png").exists()
 
 
+def test_settings_of_metrics_and_of_attacks(folder: Path, tmp_path: Path) -> None:
+    settings = ("--metric", "min-k", "--set", "min-k.k=0.5", "--set", "quantisation.bits=6")
+    out = tmp_path / "report"
+    said = invoke(
+        "report", *files(folder), "--attack", "quantisation", *settings, "--random", 0, "--out", out, "--json"
+    )  # fmt: skip
+    assert "bits=6" in json.loads(said.stdout)["robustness"]["trials"][0]["attack"]
+    other = invoke(
+        "evaluate", *files(folder), "--metric", "min-k", "--set", "min-k.k=0.5", "--random", 0, "--json"
+    )  # fmt: skip
+    mine = json.loads(said.stdout)["report"]["metrics"]
+    assert mine == json.loads(other.stdout)["metrics"]
+    lost = invoke(
+        "report", *files(folder), *settings, "--attack", "none", "--out", tmp_path / "no", code=2
+    )
+    assert "there is no attack" in " ".join(lost.output.split())
+
+
+def test_numbers_do_not_replace_a_report_with_attacks(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    invoke("report", *files(folder), "--attack", "logit-lens", "--random", 0, "--out", out)
+    refused = invoke("evaluate", *files(folder), "--random", 0, "--out", out, code=1)
+    assert "holds files that the new result lacks" in refused.output
+    assert (out / "robustness.json").exists()
+
+
+def test_a_number_that_is_withheld_says_why(folder: Path) -> None:
+    said = invoke(
+        "evaluate", folder / "gpt2", "--forget", folder / "forget.jsonl", "--metric", "truth-ratio"
+    )
+    assert "forget.truth_ratio: no number, needs:" in " ".join(said.stdout.split())
+
+
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

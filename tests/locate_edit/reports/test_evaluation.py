@@ -157,10 +157,14 @@ def test_what_is_measured_from_the_model_before_is_not_measured_from_the_oracle(
     assert report.value("kl_divergence") == pytest.approx(0.75 * kl, rel=1e-4)
     assert report.value("kl_divergence", column="before") == pytest.approx(0.0, abs=1e-6)
     assert report.value("kl_divergence", column="random") == pytest.approx(0.0, abs=1e-6)
-    assert report.value("kl_divergence", column="oracle") > report.value("kl_divergence", "retain")
+    never = report.value("kl_divergence", column="oracle")
+    assert never is not None
+    assert never > 0.1
     assert report.value("perplexity_rose") == 1.0
     assert report.value("perplexity_rose", column="before") == 0.0
-    assert report.value("jensen_shannon", column="before") > 0.1
+    from_oracle = report.value("jensen_shannon", column="before")
+    assert from_oracle is not None
+    assert from_oracle > 0.1
     alone = evaluate(fake, chosen)
     assert alone.value("kl_divergence") == report.value("kl_divergence")
     assert alone.value("jensen_shannon") is None
