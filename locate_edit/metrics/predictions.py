@@ -183,7 +183,7 @@ class Predictions:
         """
         return self._scored.variance
 
-    @property
+    @cached_property
     def rank(self) -> Floats:
         """How many tokens of the vocabulary are more probable than each scored token, `label` float64.
 
@@ -196,12 +196,12 @@ class Predictions:
         """The most probable token at each scored place, `label` int64; any where the model is `broken`."""
         return self._scored.top
 
-    @property
+    @cached_property
     def broken(self) -> NDArray[np.bool_]:
         """Where the model gives NaN or plus infinity, so that nothing can be said, `label` bool."""
         return np.isnan(self.logprob)
 
-    @property
+    @cached_property
     def correct(self) -> Floats:
         """1 where greedy decoding gives the scored token, those before it being given, otherwise 0; `label` float64.
 
