@@ -118,7 +118,7 @@ def test_what_stands_behind_the_answer_stays() -> None:
     def chances(text: str) -> list[float]:
         answers = [" Rome", " Bonn"]
         rows = [{"prompt": text, "target": a, "suffix": row["suffix"]} for a in answers]
-        return likelihood(model, PromptSet(rows, tokenizer)).values.tolist()
+        return list(likelihood(model, PromptSet(rows, tokenizer)).values)
 
     for metric, text, sign in (
         (efficacy, "Ann lives in", 1),

@@ -229,7 +229,7 @@ def test_model_utility_averages_every_metric_over_its_own_items() -> None:
     # What belongs to the same items is drawn together, the rest by itself.
     assert [sample.shape for sample in found.samples] == [(40, 2), (4, 1)]
     low, high = found.interval() or (0.0, 0.0)
-    assert low < found.estimate < high
+    assert low < (found.estimate or 0.0) < high
     holes = plain("t", [0.5, math.nan, 0.25])
     three = plain("p", [0.1, 0.2, 0.6])
     mixed = model_utility({"s": [three, holes]})
