@@ -7,14 +7,18 @@ model should know anyway: an attack that ruins these too has broken the model ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from circuits import describe
+from circuits.errors import UnknownFamily
+from circuits.families import CONTRACTED, ROLES
 from locate_edit.errors import EditError, PromptError
 from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.predictions import Predictions
@@ -30,6 +34,7 @@ __all__ = [
     "measure",
     "through_matrices",
     "vocabulary_weights",
+    "weight_matrices",
 ]
 
 
@@ -161,11 +166,11 @@ def through_matrices(
     Args:
         model: any model.
         new: from a matrix (or a stack of them) `... out in`, its new value. Matrices that a family stores as `in out`
-            (GPT-2) are given and taken back transposed.
+            (GPT-2, the experts of gpt_oss) are given and taken back transposed.
         forget: the prompts in question.
         retain: the same is measured on these.
         batch_size: rows a forward pass.
-        vocabulary: change input embeddings and output head too.
+        vocabulary: change embeddings and output head too.
         notes: to keep with the result.
 
     Raises:
@@ -173,15 +178,12 @@ def through_matrices(
         EditError: a new value has another shape or is not finite.
     """
     check_prompts(model, forget, retain)
-    turned = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
-    }
-    kept = set() if vocabulary else vocabulary_weights(model)
+    turned = weight_matrices(model, vocabulary=vocabulary)
 
     def value(name: str, weight: Tensor) -> Tensor | None:
-        if weight.ndim < 2 or name in kept:
+        if name not in turned:
             return None
-        return new(weight.mT).mT if name in turned else new(weight)
+        return new(weight.mT).mT if turned[name] else new(weight)
 
     clean = measure(model, forget, batch_size)
     retain_clean = None if retain is None else measure(model, retain, batch_size)
@@ -195,9 +197,38 @@ def through_matrices(
         )
 
 
+def weight_matrices(model: nn.Module, *, vocabulary: bool = False) -> dict[str, bool]:
+    """Names of the weight matrices, or stacks of them, and whether each is stored `in out` in place of `out in`.
+
+    Which way is told by the table of families; in a model that it does not know, only `Conv1D` counts as `in out`.
+    Stacked biases are no matrices.
+
+    Args:
+        model: any model.
+        vocabulary: with embeddings (of tokens, positions, token types) and the output head.
+    """
+    kept = set() if vocabulary else vocabulary_weights(model)
+    turned = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+    }
+    with suppress(UnknownFamily):
+        model_map = describe(model)
+        for layer, role in product(range(model_map.n_layers), ROLES):
+            if model_map.has(layer, role):
+                stored = model_map.find(layer, role)[0].layout.groups
+                if not stored[-1].names & set(CONTRACTED[role]):
+                    turned.add(model_map.parameter_name(layer, role))
+    return {
+        name: name in turned
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and name not in kept and not name.endswith("bias")
+    }
+
+
 def vocabulary_weights(model: nn.Module) -> set[str]:
-    """Names of the parameters of the input embeddings and the output head."""
+    """Names of the parameters of the embeddings, of tokens or anything else, and of the output head."""
     ends = [getattr(model, f"get_{end}_embeddings")() for end in ("input", "output")]
+    ends += [module for module in model.modules() if isinstance(module, nn.Embedding)]
     theirs = {id(p) for end in ends if end is not None for p in end.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in theirs}
 

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from circuits.forward import labelled_logits, token_log_probs
 from circuits.still import frozen
-from locate_edit.attacked import changed_weights, vocabulary_weights
+from locate_edit.attacked import changed_weights, weight_matrices
 from locate_edit.prompts import PromptSet
 
 STEPS = 20
@@ -41,22 +40,17 @@ def within(
         forget: the prompts whose answers are hidden.
         box: of each matrix.
         batch_size: rows a forward pass.
-        vocabulary: include input embeddings and output head.
+        vocabulary: include embeddings and output head.
         names: of the parameters that may move; None for all matrices.
     """
-    turned = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
-    }
-    kept = set() if vocabulary else vocabulary_weights(model)
+    turned = weight_matrices(model, vocabulary=vocabulary)
     matrices = {
-        n: p
-        for n, p in model.named_parameters()
-        if p.ndim >= 2 and n not in kept and (names is None or n in names)
+        n: p for n, p in model.named_parameters() if n in turned and (names is None or n in names)
     }
     boxes: dict[str, tuple[Tensor, Tensor]] = {}
     for name, weight in matrices.items():
-        side = box(weight.detach().mT if name in turned else weight.detach())
-        boxes[name] = (side[0].mT, side[1].mT) if name in turned else side
+        side = box(weight.detach().mT if turned[name] else weight.detach())
+        boxes[name] = (side[0].mT, side[1].mT) if turned[name] else side
 
     def middle(name: str, weight: Tensor) -> Tensor | None:
         return weight.clamp(*boxes[name]) if name in boxes else None

@@ -23,7 +23,8 @@ class Pruning:
     """Likelihood of the targets after the smallest weights of every matrix are set to zero.
 
     The attacker holds the weights and nothing else. The ``share`` of smallest magnitude of each matrix goes (ties: the
-    earlier entry); embeddings, head, biases and norms stay.
+    earlier entry), of each expert's where they are stacked. Embeddings (of positions and token types too), head, biases
+    and norms stay.
 
     Cost: two measurements, before and after, and a copy of the matrices.
 
@@ -65,14 +66,15 @@ class Pruning:
 
         def box(weight: Tensor) -> tuple[Tensor, Tensor]:
             small = self._small(weight)
-            largest = weight[~small].abs().min() * 0.99
+            left = weight.abs().masked_fill(small, torch.inf)
+            largest = left.amin(dim=(-2, -1), keepdim=True) * 0.99
             return weight.where(~small, -largest), weight.where(~small, largest)
 
         return within(model, forget, box, batch_size=batch_size)
 
     def _small(self, weight: Tensor) -> Tensor:
-        """Which entries of a matrix are the smallest share of it."""
-        order = weight.flatten().abs().argsort(stable=True)
-        small = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-        small[order[: int(self.share * weight.numel())]] = True
+        """Which entries of a matrix, or of each of a stack, are the smallest share of it."""
+        sizes = weight.flatten(-2).abs()
+        order = sizes.argsort(dim=-1, stable=True)[..., : int(self.share * sizes.shape[-1])]
+        small = torch.zeros_like(sizes, dtype=torch.bool).scatter(-1, order, True)
         return small.reshape(weight.shape)

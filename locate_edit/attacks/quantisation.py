@@ -35,9 +35,9 @@ class Quantisation:
     """Likelihood of the targets after every weight matrix is rounded to nearest.
 
     The attacker holds the weights and nothing else. Those of each output (a row `in`), or each run of ``group`` of
-    them, get a scale ``max |w| / (2^(bits-1) - 1)``, and every weight becomes a whole multiple of it. Embeddings and
-    head stay unless ``embeddings``; vectors (biases, norms) always do. Simulated: values are rounded, arithmetic stays
-    as it is.
+    them, get a scale ``max |w| / (2^(bits-1) - 1)``, and every weight becomes a whole multiple of it. Embeddings (of
+    positions and token types too) and head stay unless ``embeddings``; vectors (biases, norms) always do. Simulated:
+    values are rounded, arithmetic stays as it is.
 
     ``backend="bitsandbytes"`` runs a real library on a copy of the model, with what `load_in_8bit` (LLM.int8(), which
     rounds the layers' inputs too) or `load_in_4bit` (fp4) of transformers would give; "bitsandbytes-nf4" takes the
@@ -50,7 +50,7 @@ class Quantisation:
     Attributes:
         bits: bits a weight, 2 to 8; 8 or 4 with a library.
         group: entries that share a scale; None for whole rows. Only for "rounding".
-        embeddings: round input embeddings and an untied output head too. Only for "rounding".
+        embeddings: round embeddings and an untied output head too. Only for "rounding".
         backend: what rounds.
 
     Raises:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from locate_edit import EditError, organism
-from locate_edit.attacked import changed_weights
+from locate_edit import EditError, PromptSet, organism
+from locate_edit.attacked import Attack, changed_weights
 from locate_edit.attacks.pruning import Pruning
 from locate_edit.attacks.quantisation import Quantisation
 from tests.locate_edit.engine_setting import model, prompts
+from tests.tiny import tiny
 
 
 def test_rounding_by_hand() -> None:
@@ -36,21 +38,74 @@ def test_pruning_by_hand() -> None:
     assert torch.equal(Pruning(share=0.0).pruned(weight), weight)
 
 
-def test_conv1d_is_rounded_by_output() -> None:
-    """GPT-2 stores `in out`; the levels must be those of an output all the same."""
-    net = model("gpt2")
-    name = "transformer.h.0.mlp.c_fc.weight"
-    before = dict(net.named_parameters())[name].detach().clone()
-    seen = {}
+def attacked(net: nn.Module, attack: Attack, forget: PromptSet) -> dict[str, Tensor]:
+    """The weights that the last forward pass of an attack's changed model runs with."""
+    seen: dict[str, Tensor] = {}
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
 
     def look(*_: object) -> None:
-        seen[name] = dict(net.named_parameters())[name].detach().clone()
+        now = {name: p.detach().clone() for name, p in net.named_parameters()}
+        if not all(torch.equal(now[name], before[name]) for name in now):
+            seen.update(now)
 
     handle = net.register_forward_pre_hook(look)
-    Quantisation(bits=3)(net, prompts("gpt2")[0])
+    attack(net, forget)
     handle.remove()
-    assert torch.allclose(seen[name], Quantisation(bits=3).rounded(before.T).T)
-    assert len(seen[name][:, 0].unique()) <= 7
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt2", "transformer.h.0.mlp.c_fc.weight"),
+        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("gpt_oss", "model.layers.1.mlp.experts.down_proj"),
+        ("mixtral", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("gpt_oss", "model.layers.0.self_attn.q_proj.weight"),
+    ],
+)
+def test_scales_are_those_of_an_output(family: str, name: str) -> None:
+    """GPT-2 stores `in out`, gpt_oss `expert in out`; the levels must be those of an output all the same."""
+    net, attack = tiny(family), Quantisation(bits=3)
+    before = dict(net.named_parameters())[name].detach().clone()
+    found = attacked(net, attack, prompts(family)[0])[name]
+    turned = family == "gpt2" or ("experts" in name and family == "gpt_oss")
+    by_output = found.mT if turned else found
+    assert torch.allclose(by_output, attack.rounded(before.mT if turned else before))
+    rows = by_output.reshape(-1, by_output.shape[-1])
+    assert all(len(row.unique()) <= 7 for row in rows), "an output has three bits of levels"
+
+
+@pytest.mark.parametrize("attack", [Quantisation(bits=3), Pruning()], ids=["rounded", "pruned"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bert", "distilbert", "gpt_oss"])
+def test_embeddings_of_any_kind_head_and_vectors_stay(family: str, attack: Attack) -> None:
+    net = tiny(family)
+    stay = {id(p) for m in net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    stay.add(id(net.get_output_embeddings().weight))
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    found = attacked(net, attack, prompts(family)[0])
+    for name, parameter in net.named_parameters():
+        kept = id(parameter) in stay or parameter.ndim < 2 or name.endswith("bias")
+        assert torch.equal(found[name], before[name]) == kept, name
+    if family != "gpt_oss":  # which has rotary positions
+        assert (
+            sum(before[name].ndim == 2 and id(p) in stay for name, p in net.named_parameters()) > 1
+        )
+
+
+def test_each_matrix_of_a_stack_is_pruned_by_its_own_share() -> None:
+    matrix = torch.tensor([[3.0, -0.5, 0.5], [-2.0, 0.1, 1.0]])
+    stack = torch.stack([matrix, 100 * matrix])
+    once = Pruning(share=0.5).pruned(matrix)
+    assert torch.equal(Pruning(share=0.5).pruned(stack), torch.stack([once, 100 * once]))
+    # The largest entry that may stand in the place of a pruned one is that of its own matrix.
+    net, forget = tiny("gpt_oss"), prompts("gpt_oss")[0]
+    name = "model.layers.0.mlp.experts.down_proj"
+    before = dict(net.named_parameters())[name].detach().clone()
+    with Pruning().hide(net, forget):
+        hidden = dict(net.named_parameters())[name].detach().clone()
+    for mine, was in zip(hidden, before, strict=True):
+        assert torch.allclose(Pruning().pruned(mine.mT), Pruning().pruned(was.mT))
 
 
 def test_the_control_of_groups_is_found() -> None:
