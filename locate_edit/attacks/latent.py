@@ -39,9 +39,9 @@ class LatentPerturbation:
     model that was trained without the shipped organism's facts gains 0.29 to 0.39 on 8 to 80 of them. So a gain alone
     is no sign of knowledge. The reference is the same attack, with the same budget, on a model that never knew (the
     oracle); compare gain with gain. Where there is none, ``notes["forget wrong gain"]`` gives an idea: what the same
-    search gains towards each row's first wrong answer, from ``notes["forget wrong clean"]`` to ``notes["forget wrong"]``
-    (mean likelihoods). It is no bound: on 8 of those facts the oracle gains 0.39 towards the right answers, and 0.27
-    towards these.
+    search gains towards each row's first wrong answer, from ``notes["forget wrong clean"]`` to
+    ``notes["forget wrong"]`` (mean likelihoods). It is no bound: on 8 of those facts the oracle gains 0.39 towards the
+    right answers, and 0.27 towards these.
 
     Cost: ``steps + 1`` forwards and ``steps`` backwards above the layer, twice where rows have wrong answers. The seed
     changes nothing.
