@@ -126,7 +126,10 @@ def joined(parts: Sequence[Comparison]) -> Comparison:
     )
     oracles = [part.oracle for part in parts if part.oracle is not None]
     return Comparison(
-        tuple(cells), mean([part.original for part in parts]), mean(oracles) if oracles else None
+        tuple(cells),
+        mean([part.original for part in parts]),
+        mean(oracles) if oracles else None,
+        parts[0].about,
     )
 
 

@@ -6,7 +6,9 @@ what the code says. `--picture` also runs the demo and stores its figure.
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import re
 import shutil
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from circuits.families import FAMILIES, Family
 from docs.make_reference import attacker, control, stated
-from locate_edit import catalog
+from locate_edit import catalog, datasets
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -77,6 +79,20 @@ def attacks_table() -> str:
     return table(("class", "command line", "what it measures", "paper"), rows)
 
 
+def datasets_table() -> str:
+    """Every module of data sets: what it holds, and its paper where it has one."""
+    rows = []
+    for module in pkgutil.iter_modules(datasets.__path__):
+        if not module.name.startswith("_"):
+            name = f"{datasets.__name__}.{module.name}"
+            text = inspect.getdoc(importlib.import_module(name)) or ""
+            links = ", ".join(
+                f"[arXiv:{n}](https://arxiv.org/abs/{n})" for n in CITATION.findall(text)
+            )
+            rows.append((f"`{name}`", text.split("\n\n")[0].replace("\n", " "), links))
+    return table(("module", "what it holds", "paper"), rows)
+
+
 def paper_link(paper: str) -> str:
     """`Wu et al. 2023, arXiv:2310.20138`, linked where it has a number, from a citation in a docstring."""
     identifiers = CITATION.findall(paper)
@@ -126,6 +142,7 @@ def rewritten(text: str) -> str:
         "methods": lambda: entries_table("method"),
         "metrics": metrics_table,
         "attacks": attacks_table,
+        "datasets": datasets_table,
         "families": families_table,
     }
     if unknown := set(re.findall(r"<!-- /(\S+) -->", text)) - set(parts):

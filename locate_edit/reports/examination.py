@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,11 +114,12 @@ class Examination:
 
         yield "the numbers", self.report.figures
         if self.robustness is not None and self.robustness.models:
+            curves = partial(attack_curves, model=self.robustness.settings.get("model", ""))
             yield "the attacks", one("attacks", attack_dots, self.robustness)
             for trial in self.robustness.trials:
                 if trial.name.startswith("Relearning") and trial.found:
                     name = re.sub(r"[^a-z0-9]+", "-", trial.name.lower()).strip("-")
-                    yield trial.title, one(name, attack_curves, trial)
+                    yield trial.title, one(name, curves, trial)
         if self.layers is not None:
             yield "what layers carry", one("carried", carried_map, self.layers)
             yield "what the lens reads", one("lens", lens_map, self.layers)

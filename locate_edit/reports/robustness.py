@@ -86,7 +86,7 @@ class Trial:
     def title(self) -> str:
         """The attack's name in words, such as "latent perturbation"."""
         kind, _, settings = self.name.partition("(")
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower()
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower().replace("un ", "un-")
         return f"{words} ({settings}" if settings else words
 
     def reason(self, model: str = "after") -> str:
@@ -396,8 +396,8 @@ def robustness(
         )
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     settings = {
-        "seed": seed, "batch_size": batch_size, "margin": margin, "controls": controls, "steps": steps,
-        "seconds": seconds, "random_masks": len(opened.get("random", ())),
+        "model": _called(target), "seed": seed, "batch_size": batch_size, "margin": margin, "controls": controls,
+        "steps": steps, "seconds": seconds, "random_masks": len(opened.get("random", ())),
         "forget": {"prompts": len(forget), "digest": forget.digest},
         "retain": {"prompts": len(retain), "digest": retain.digest},
     }  # fmt: skip
@@ -593,6 +593,13 @@ def _usual(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
+
+
+def _called(target: Edit | nn.Module) -> str:
+    """The model's name; of a local folder only its own name, since a report travels."""
+    model = target.model if isinstance(target, Edit) else target
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    return Path(name).name or type(model).__name__
 
 
 def _capped(attack: Any, steps: int | None) -> Attack:
