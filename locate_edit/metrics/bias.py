@@ -390,5 +390,9 @@ def _weights(predictions: Predictions, values: Sequence[float | None]) -> Floats
     """One over the number of items with a value of each item's group; an item without a group is its own."""
     rows = predictions.prompts.rows
     groups = [row.get("group", ("item", index)) for index, row in enumerate(rows)]
-    sizes = Counter(g for g, value in zip(groups, values, strict=True) if value is not None)
+    sizes = Counter(
+        group
+        for group, value in zip(groups, values, strict=True)
+        if value is not None and not np.isnan(value)
+    )
     return np.array([1.0 / max(1, sizes[group]) for group in groups])

@@ -200,7 +200,8 @@ def difference(
 def average_over_runs(runs: Sequence[Values]) -> Values:
     """Values whose items are the means over several runs of the same metric (several random masks).
 
-    Items that a run lacks are left out. Where the scale is "exp" the mean is taken before `exp`.
+    Items that a run lacks are left out, as are runs whose number is withheld: the note says how many. Where the scale
+    is "exp" the mean is taken before `exp`.
     """
     given = [run for run in runs if not run.withheld]
     if not given:
@@ -223,6 +224,9 @@ def average_over_runs(runs: Sequence[Values]) -> Values:
         note = f"mean of {len(given)} runs from {low:.4g} to {high:.4g}" + (
             f"; {note}" if note else ""
         )
+    if gone := [run for run in runs if run.withheld]:
+        missing = f"{len(gone)} of {len(runs)} runs withheld, {gone[0].withheld}"
+        note = f"{missing}; {note}" if note else missing
     return replace(
         given[0],
         items=shared,

@@ -115,5 +115,7 @@ def test_runs_are_averaged_item_by_item() -> None:
     assert both.items.tolist() == [0, 1]
     assert both.values.tolist() == [2.0, 3.0]
     assert both.note.startswith("mean of 2 runs from 1.5 to 4; 1 of 3 items left out")
-    assert average_over_runs([plain([None]), plain([2.0])]).estimate == 2.0
+    one = average_over_runs([plain([float("inf")]), plain([2.0])])
+    assert one.estimate == 2.0
+    assert one.note.startswith("1 of 2 runs withheld, needs: numbers that can be averaged")
     assert average_over_runs([plain([None])]).withheld == "needs: luck"
