@@ -56,7 +56,7 @@ def build(
 def by_name(
     settings: Mapping[str, str],
     names: Sequence[str],
-    what: str = "a localizer or method of this comparison",
+    what: str,
 ) -> dict[str, dict[str, str]]:
     """Settings such as `npo.beta=0.1`, as hyperparameters by name.
 

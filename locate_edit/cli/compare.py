@@ -112,10 +112,12 @@ def compare(
     from locate_edit.reports.comparison import RANDOM
     from locate_edit.reports.comparison import compare as compare_all
 
-    own = _compare.by_name(name_values(settings, "--set"), [*localizers, *methods])
+    named = metrics or ["likelihood"]
+    what = "a localizer, method or metric of this comparison"
+    own = _compare.by_name(name_values(settings, "--set"), [*localizers, *methods, *named], what)
     where = _compare.build("localizer", localizers, own, {})
     how = _compare.build("method", methods, own, {"steps": steps, "lr": lr})
-    measures = [catalog.resolve("metric", name) for name in metrics or ("likelihood",)]
+    measures = [catalog.build("metric", name, own.get(name, {})) for name in named]
     further = name_values(also, "--also")
     _compare.check_out(out)
     cells = folder if folder is not None else out / _compare.CELLS

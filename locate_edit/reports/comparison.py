@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def compare(
         "oracle": None if oracle is None else fingerprint(oracle),
         "forget": forget.digest,
         "retain": retain.digest,
-        "metrics": [repr(getattr(metric, "__name__", metric)) for metric in metrics],
+        "metrics": [_of_metric(metric) for metric in metrics],
         "batch_size": batch_size,
     }
     sets = {"forget": forget, "retain": retain, **(others or {})}
@@ -367,6 +368,14 @@ def _kept(path: Path) -> Cell | None:
     except (OSError, ValueError, TypeError):
         return None
     return cell if cell.failed is None else None
+
+
+def _of_metric(metric: Any) -> str:
+    """What a metric is called in a cell's key, with its settings where it has any."""
+    if isinstance(metric, partial):
+        given = ", ".join(f"{name}={value!r}" for name, value in sorted(metric.keywords.items()))
+        return f"{_of_metric(metric.func)}({given})"
+    return repr(getattr(metric, "__name__", metric))
 
 
 def _digest(about: Any) -> str:

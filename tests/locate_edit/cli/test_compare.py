@@ -90,6 +90,23 @@ def test_settings_reach_what_they_name(folder: Path, tmp_path: Path) -> None:
     assert values("e", "--steps", 2, "--set", "magnitude.kinds=head") != plain
 
 
+def test_metrics_take_settings_and_finished_cells_are_theirs_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    def cells(k: float) -> set[str]:
+        run(
+            folder, *SMALL, "--method", "fine-tune", "--steps", 1, "--metric", "min-k", "--set", f"min-k.k={k}",
+            "--folder", tmp_path / "cells", out=tmp_path / f"{k}",
+        )  # fmt: skip
+        return {file.name for file in (tmp_path / "cells").iterdir()}
+
+    first = cells(0.2)
+    assert cells(0.2) == first
+    both = cells(0.9)
+    assert first < both
+    assert len(both) == 2 * len(first)
+
+
 @dataclass(frozen=True)
 class PressesCtrlC:
     """A method that is interrupted."""
