@@ -197,6 +197,9 @@ def metrics() -> str:
         "withheld. **Cost**: *shared forward* is the one pass over the data that all metrics on the same `Predictions` "
         "have in common (`benchmarks/EVALUATION.md` has what it takes), and so are forwards of wrong answers and of a "
         "reference, and samples with the same settings.",
+        "On the command line: `locate-edit evaluate --metric min-k --set min-k.k=0.4`. What can be read inside a model "
+        "is measured by `unlearning_depth` below, by `locate_edit.reports.layers`, and by two attacks, which have a "
+        "positive control: the logit lens and linear probes that were trained on retained facts (`docs/attacks.md`).",
         table(single),
         "## Numbers about whole sets",
         "Made from the values of several sets or models. As rows of a report they are "
