@@ -27,7 +27,16 @@ from locate_edit.errors import PromptError
 from locate_edit.metrics.running import evaluating
 from locate_edit.prompts import PromptSet
 
-__all__ = ["Continuation", "decode", "end_tokens", "sample", "sample_ids", "until_end"]
+__all__ = [
+    "LOST",
+    "Continuation",
+    "decode",
+    "drop_lost",
+    "end_tokens",
+    "sample",
+    "sample_ids",
+    "until_end",
+]
 
 # Most probable tokens of a large vocabulary that are looked at first: sorting all of it costs more than a small model.
 _FEW = 1024
@@ -91,7 +100,7 @@ def sample(
         model, starts, length=length, samples=samples, temperature=temperature, top_p=top_p,
         seed=seed, ends=end_tokens(model, prompts), batch_size=batch_size,
     )  # fmt: skip
-    ids = [found(row) for row in rows]
+    ids = [drop_lost(row) for row in rows]
     texts = prompts.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [
         Continuation(index // samples, tuple(row_ids), text, LOST not in row)
@@ -120,7 +129,7 @@ def sample_ids(
         model, starts, length=length, samples=samples, temperature=temperature, top_p=top_p,
         seed=seed, ends=ends, batch_size=batch_size,
     )  # fmt: skip
-    return [found(row) for row in rows]
+    return [drop_lost(row) for row in rows]
 
 
 def _sampled(
@@ -181,7 +190,7 @@ def _numbers(starts: Sequence[Sequence[int]], length: int, samples: int, seed: i
     return torch.from_numpy(numbers)
 
 
-def found(row: Sequence[int]) -> list[int]:
+def drop_lost(row: Sequence[int]) -> list[int]:
     """A row without the mark that it was lost."""
     return [token for token in row if token != LOST]
 

@@ -9,7 +9,7 @@ from torch import nn
 from locate_edit.errors import PromptError
 from locate_edit.metrics.running import evaluating
 from locate_edit.prompts import PromptSet
-from locate_edit.sampling import LOST, check_lengths, decode, end_tokens, found
+from locate_edit.sampling import LOST, check_lengths, decode, drop_lost, end_tokens
 
 __all__ = ["continued", "generate", "greedy", "said", "written"]
 
@@ -38,7 +38,7 @@ def generate(
             fit the context.
     """
     rows = continued(model, prompts, max_new_tokens, batch_size=batch_size)
-    return [found(row) for row in rows]
+    return [drop_lost(row) for row in rows]
 
 
 def written(

@@ -7,8 +7,10 @@ import torch
 from transformers import GenerationConfig
 
 from locate_edit.errors import PromptError
-from locate_edit.metrics.generation import generate, greedy
+from locate_edit.metrics.generation import generate, greedy, written
+from locate_edit.metrics.predictions import Predictions
 from locate_edit.prompts import PromptSet
+from locate_edit.sampling import LOST, sample
 from tests.locate_edit.metrics.bigram import Bigram, token_id
 from tests.tiny import byte_tokenizer, tiny, word_tokenizer
 
@@ -82,3 +84,18 @@ def test_generation_that_makes_no_sense_is_refused() -> None:
         generate(tiny("bert"), PromptSet([("Ann", " golf")], byte_tokenizer(mask=True)))
     with pytest.raises(PromptError, match="row 0 has no token to continue"):
         greedy(tiny("llama"), [[]], [1])
+
+
+def test_a_row_ends_where_the_model_gives_no_number() -> None:
+    words = word_tokenizer(["a", "b", "c", "d"])
+    a, b, c, d = (token_id(words, word) for word in "abcd")
+    model = Bigram(len(words), {a: {b: 1.0}, b: {c: 1.0}, c: {d: 1.0}, d: {d: 1.0}})
+    model.states.weight.data[c] = float("nan")  # "c" can be said, and nothing after it
+    prompts = PromptSet([("a", " b c d"), ("d", " d d"), ("c", " d")], words)
+    assert generate(model, prompts) == [[b, c], [d, d], []]
+    assert Predictions(model, prompts).generated == [[b, c, LOST], [d, d], [LOST]]
+    assert written(model, prompts) == [None, "d d", None]
+    drawn = sample(model, prompts, length=3)
+    assert [each.ids for each in drawn] == [(b, c), (d, d, d), ()]
+    assert [each.finite for each in drawn] == [False, True, False]
+    assert [each.text for each in drawn] == ["b c", "d d d", ""]
