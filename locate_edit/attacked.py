@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from circuits import describe
-from circuits.errors import UnknownFamily
+from circuits.errors import SiteError, UnknownFamily
 from circuits.families import CONTRACTED, ROLES
+from circuits.forward import output_projection
+from locate_edit.attacks._checks import check_whole
 from locate_edit.errors import EditError, PromptError
 from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.predictions import Predictions
@@ -177,7 +179,7 @@ def through_matrices(
         PromptError: prompts that the model cannot read.
         EditError: a new value has another shape or is not finite.
     """
-    check_prompts(model, forget, retain)
+    check_prompts(model, forget, retain, batch_size)
     turned = weight_matrices(model, vocabulary=vocabulary)
 
     def value(name: str, weight: Tensor) -> Tensor | None:
@@ -233,16 +235,25 @@ def vocabulary_weights(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in theirs}
 
 
-def check_prompts(model: nn.Module, forget: PromptSet, retain: PromptSet | None) -> None:
-    """Refuse prompts that an attack cannot use.
+def check_prompts(
+    model: nn.Module, forget: PromptSet, retain: PromptSet | None, batch_size: int
+) -> None:
+    """Refuse what an attack cannot use.
 
     Raises:
+        EditError: not a language model, or a batch size that is no whole number of at least 1.
         PromptError: not prompt sets, or a prompt longer than the model's context.
     """
+    try:
+        output_projection(model)
+    except SiteError as problem:
+        raise EditError(f"an attack takes a language model: {problem}") from problem
+    check_whole("an attack", 1, batch_size=batch_size)
     given: tuple[Any, ...] = (forget, retain)
     if not isinstance(given[0], PromptSet) or not isinstance(given[1], PromptSet | None):
         raise PromptError(
-            "an attack takes PromptSets: PromptSet(rows, tokenizer) makes one from a list"
+            f"an attack takes PromptSets, got {type(forget).__name__} and {type(retain).__name__}: "
+            "PromptSet(rows, tokenizer) makes one from a list"
         )
     for prompts in (forget, retain):
         if prompts is not None:

@@ -76,8 +76,11 @@ def locked(
 
     Raises:
         EditError: no key in ``shown``, luck that leads as far as keys, or a lock that hides too little.
+        PromptError: ``shown`` is longer than the model's context.
     """
     model_map = describe(model)
+    for each in shown:
+        each.check_context(model)
     clean = measure(model, asked, batch_size)
     lean, shut, lucky = _key_direction(
         model_map, asked, shown, set(keys), batch_size=batch_size, seed=seed

@@ -18,9 +18,9 @@ from torch import nn
 
 from circuits import ComponentMask, Site, describe
 from locate_edit.attacked import Attacked, check_prompts, measure
+from locate_edit.attacks._checks import check_whole
 from locate_edit.attacks._edited import edited_away
 from locate_edit.attacks._rewritten import need_targets, rewritten
-from locate_edit.errors import EditError
 from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Floats, Values
@@ -65,10 +65,7 @@ class Formats:
     dialogue: str = DIALOGUE
 
     def __post_init__(self) -> None:
-        if self.paraphrases < 0 or self.choices < 0:
-            raise EditError(
-                f"Formats: paraphrases and choices must be at least 0, got {self.paraphrases} and {self.choices}"
-            )
+        check_whole("Formats", 0, paraphrases=self.paraphrases, choices=self.choices)
 
     def __call__(
         self,
@@ -80,7 +77,7 @@ class Formats:
         seed: int = 0,
     ) -> Attacked:
         """Ask in every form; ``seed`` draws the wrong answers of multiple choice."""
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         need_targets(forget, retain, attack="Formats")
         forms = self._by_form(model, forget, batch_size, seed)
         kept = None if retain is None else self._by_form(model, retain, batch_size, seed)
@@ -108,6 +105,7 @@ class Formats:
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> AbstractContextManager[nn.Module]:
         """A positive control: the asked form edited away while the first two others stay."""
+        check_prompts(model, forget, None, batch_size)
         forms = list(self.forms(forget).values())[:2]
         kept = None if not forms else forms[0] if len(forms) == 1 else forms[0] + forms[1]
         # Above the first layer, so that nothing has to be differentiated below.

@@ -19,6 +19,7 @@ from circuits.forward import labelled_logits, token_log_probs
 from circuits.hooks import replace
 from circuits.still import frozen
 from locate_edit.attacked import Attacked, Point, check_prompts
+from locate_edit.attacks._checks import check_positive, check_whole, is_finite
 from locate_edit.attacks._locked import locked_after
 from locate_edit.errors import EditError
 from locate_edit.losses import per_item_mean
@@ -65,11 +66,15 @@ class LatentPerturbation:
     step: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.budget >= 0 or self.steps < 1 or (self.step is not None and not self.step > 0):
+        if not is_finite(self.budget) or self.budget < 0:
             raise EditError(
-                f"LatentPerturbation: budget must be at least 0, steps at least 1 and step positive, got "
-                f"budget={self.budget}, steps={self.steps} and step={self.step}"
+                f"LatentPerturbation: budget must be at least 0 and finite, got {self.budget!r}"
             )
+        check_whole("LatentPerturbation", 1, steps=self.steps)
+        if self.step is not None:
+            check_positive("LatentPerturbation", step=self.step)
+        if self.layer is not None:
+            check_whole("LatentPerturbation", 0, layer=self.layer)
 
     def __call__(
         self,
@@ -81,7 +86,7 @@ class LatentPerturbation:
         seed: int = 0,
     ) -> Attacked:
         """Perturb the stream towards the targets of each set."""
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         model_map = describe(model)
         layer = self.layer_of(model_map)
         found = self._by_step(model_map, forget, layer, batch_size)
@@ -118,6 +123,7 @@ class LatentPerturbation:
         al. 2024, arXiv:2406.11717). Only the gradient of the targets tells which: noise of the same length misses them,
         and so does a single step. It shows that the search works at this layer and budget, not that every edit yields.
         """
+        check_prompts(model, forget, None, batch_size)
         layer = self.layer_of(describe(model))
         return locked_after(
             model, layer, forget, opens_at=self.budget / 2, batch_size=batch_size, seed=seed

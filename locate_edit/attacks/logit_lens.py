@@ -47,7 +47,7 @@ class LogitLens:
         seed: int = 0,
     ) -> Attacked:
         """Read every layer; ``seed`` changes nothing."""
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         model_map = describe(model)
         found = _by_layer(model_map, forget, batch_size)
         kept = None if retain is None else _by_layer(model_map, retain, batch_size)
@@ -67,6 +67,7 @@ class LogitLens:
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> AbstractContextManager[nn.Module]:
         """A positive control: the last layer's neurons, edited against the prompts."""
+        check_prompts(model, forget, None, batch_size)
         model_map = describe(model)
         last = Site(model_map.n_layers - 1, "neuron")
         mask = ComponentMask({last: torch.ones(model_map.shape(last), dtype=torch.bool)})

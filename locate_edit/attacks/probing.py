@@ -25,7 +25,8 @@ from circuits.places import Places, place_of_items
 from circuits.probes import probe, read_states, ridge_predictions, wilson
 from circuits.still import evaluating
 from locate_edit.attacked import Attacked, check_prompts
-from locate_edit.errors import EditError, PromptError
+from locate_edit.attacks._checks import check_whole
+from locate_edit.errors import PromptError
 from locate_edit.metrics.likelihood import likelihood
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Floats, Values
@@ -83,8 +84,7 @@ class Probing:
     folds: int = 5
 
     def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise EditError(f"Probing: folds must be at least 2, got {self.folds}")
+        check_whole("Probing", 2, folds=self.folds)
 
     def __call__(
         self,
@@ -101,7 +101,7 @@ class Probing:
                 "Probing trains its probes on retain prompts, but there are none: pass retain= with facts of the same "
                 "kind that stay"
             )
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         _check_hidden(forget, retain)
         relations = _relations(forget, retain)
         model_map = describe(model)
@@ -146,6 +146,7 @@ class Probing:
 
         Everything is still there, linearly, and a probe finds it just as well as before; the model's head does not.
         """
+        check_prompts(model, forget, None, batch_size)
         model_map = describe(model)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(model_map.d_model, generator=generator)

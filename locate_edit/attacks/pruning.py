@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from locate_edit.attacked import Attacked, through_matrices
+from locate_edit.attacked import Attacked, check_prompts, through_matrices
+from locate_edit.attacks._checks import is_finite
 from locate_edit.attacks._hiding import within
 from locate_edit.errors import EditError
 from locate_edit.prompts import PromptSet
@@ -38,8 +39,8 @@ class Pruning:
     share: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            raise EditError(f"Pruning: share must be at least 0 and below 1, got {self.share}")
+        if not is_finite(self.share) or not 0 <= self.share < 1:
+            raise EditError(f"Pruning: share must be at least 0 and below 1, got {self.share!r}")
 
     def __call__(
         self,
@@ -63,6 +64,7 @@ class Pruning:
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> AbstractContextManager[nn.Module]:
         """A positive control: the pruned model with small weights, moved against the forget prompts, back in place."""
+        check_prompts(model, forget, None, batch_size)
 
         def box(weight: Tensor) -> tuple[Tensor, Tensor]:
             small = self._small(weight)

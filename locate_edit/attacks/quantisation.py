@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from locate_edit.attacked import Attacked, check_prompts, measure, through_matrices
+from locate_edit.attacks._checks import check_whole, is_whole
 from locate_edit.attacks._hiding import within
 from locate_edit.attacks._low_bit import Format, linear_layers, low_bit, same_level
 from locate_edit.errors import EditError
@@ -64,10 +65,10 @@ class Quantisation:
     backend: Backend = "rounding"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise EditError(f"Quantisation: bits must be 2 to 8, got {self.bits}")
-        if self.group is not None and self.group < 1:
-            raise EditError(f"Quantisation: group must be at least 1 entry, got {self.group}")
+        if not is_whole(self.bits, 2) or self.bits > 8:
+            raise EditError(f"Quantisation: bits must be 2 to 8 and whole, got {self.bits!r}")
+        if self.group is not None:
+            check_whole("Quantisation", 1, group=self.group)
         if self.backend not in get_args(Backend):
             raise EditError(
                 f"Quantisation: backend must be one of {', '.join(get_args(Backend))}, got {self.backend!r}"
@@ -111,6 +112,7 @@ class Quantisation:
 
         At 8 bits that is too little to hide much: larger sets stay known, and their numbers withheld.
         """
+        check_prompts(model, forget, None, batch_size)
         layers = None if self.backend == "rounding" else linear_layers(model)
         names = None if layers is None else {f"{name}.weight" for name in layers}
         return within(
@@ -134,7 +136,7 @@ class Quantisation:
         self, model: nn.Module, forget: PromptSet, retain: PromptSet | None, batch_size: int
     ) -> Attacked:
         """What a copy gives away whose linear layers the library holds."""
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         form = FORMATS[self.bits, self.backend]
         with low_bit(model, form) as small:
             return Attacked(

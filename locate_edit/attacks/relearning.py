@@ -15,6 +15,7 @@ from torch import nn
 
 from circuits import ComponentMask
 from locate_edit.attacked import Attacked, Point, check_prompts, measure
+from locate_edit.attacks._checks import check_positive, check_whole
 from locate_edit.attacks._covered import covered
 from locate_edit.attacks._halves import Across, check_across, halves, marks, of_items
 from locate_edit.editing import edit
@@ -31,8 +32,8 @@ class Relearning:
 
     The attacker may train the weights. ``on="half"``: on a seeded half of the forget prompts, with their answers; the
     other half is measured. Prompts of one group (a row's `group`, such as a person) stay on one side unless
-    ``across="query"`` splits every group. ``on="unrelated"``: on half of the *retain* prompts; all forget prompts and
-    the other half of the retain prompts are measured.
+    ``across="query"`` splits every group. ``on="unrelated"``: on ``text``, and all forget and all retain prompts are
+    measured; without ``text``, on half of the *retain* prompts, and the other half of these is measured.
 
     Training teaches the form of an answer too, so the number rises somewhat in a model that never knew: compare with
     one. It also breaks models: a broken model gives no answers either, and only the retain column tells it from one
@@ -40,8 +41,9 @@ class Relearning:
     steps of length ``lr`` also where nothing is left to learn: on prompts that the model knows by heart already, as
     retain prompts often are, "unrelated" only makes it drift.
 
-    Cost: a forward and a backward of a batch each step, and five measurements of what is tested. Without a mask the
-    trained copies of the weights and the optimizer's moments take 16 bytes a parameter.
+    Cost: a forward and a backward of a batch each step, and measurements of the tested forget prompts at up to 11 steps
+    and of the retain prompts at three (start, middle and end; the curve has no retain number elsewhere). Without a mask
+    the trained copies of the weights and the optimizer's moments take 16 bytes a parameter.
 
     Attributes:
         steps: optimizer steps (AdamW).
@@ -49,12 +51,15 @@ class Relearning:
         on: "half" or "unrelated".
         mask: where the attacker trains; None for all weights.
         across: "target" keeps groups on one side; "query" splits each.
-        level: likelihood of the answers before they were forgotten. The notes say at which of the measured steps half
-            of it is reached first (`steps to recover`, None for never).
+        level: likelihood of the answers before they were forgotten. ``notes["steps to recover"]`` is the first of the
+            measured steps (optimizer steps, each of one batch) at which the mean reaches half of it, None for never.
+            With 10 steps or fewer every one is measured.
+        text: what "unrelated" trains on: rows with a target on that, plain text on all of its tokens.
 
     Raises:
-        EditError: a setting out of range.
-        PromptError: too few prompts or groups for two halves, or "unrelated" without retain prompts.
+        EditError: a setting out of range, or text for ``on="half"``.
+        PromptError: too few prompts or groups for two halves, "unrelated" with neither text nor retain prompts, or text
+            that the model cannot read.
     """
 
     steps: int = 10
@@ -63,13 +68,13 @@ class Relearning:
     mask: ComponentMask | None = None
     across: Across = "target"
     level: float = 1.0
+    text: PromptSet | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.lr > 0 or not 0 < self.level <= 1:
-            raise EditError(
-                f"Relearning: steps must be at least 1, lr positive and level between 0 and 1, got "
-                f"steps={self.steps}, lr={self.lr} and level={self.level}"
-            )
+        check_whole("Relearning", 1, steps=self.steps)
+        check_positive("Relearning", lr=self.lr, level=self.level)
+        if self.level > 1:
+            raise EditError(f"Relearning: level is a likelihood, so at most 1; got {self.level}")
         if self.on not in ("half", "unrelated"):
             raise EditError(f"Relearning: on must be 'half' or 'unrelated', got {self.on!r}")
         check_across(self.across, "Relearning")
@@ -77,6 +82,16 @@ class Relearning:
             raise EditError(
                 "Relearning: across='within' would measure what was trained on, which every model learns; "
                 "expected 'target' or 'query'"
+            )
+        if not isinstance(self.text, PromptSet | None):
+            raise EditError(
+                f"Relearning: text must be a PromptSet, got {type(self.text).__name__}: "
+                "PromptSet(texts, tokenizer) makes one from a list"
+            )
+        if self.text is not None and self.on == "half":
+            raise EditError(
+                "Relearning: text is what on='unrelated' trains on, while on='half' trains on half of the forget "
+                "prompts; give one or the other"
             )
 
     def __call__(
@@ -88,27 +103,33 @@ class Relearning:
         batch_size: int = 16,
         seed: int = 0,
     ) -> Attacked:
-        """Train, measure at about five steps, and put the weights back; ``seed`` draws halves and batches."""
-        check_prompts(model, forget, retain)
+        """Train, measure on the way, and put the weights back; ``seed`` draws halves and batches."""
+        check_prompts(model, forget, retain, batch_size)
+        if self.text is not None:
+            check_prompts(model, self.text, None, batch_size)
         taught, asked, kept = self.parts(forget, retain, seed)
         tested = forget.select(asked)
         held = None if retain is None else retain.select(kept)
 
-        def look() -> tuple[Values, Values | None]:
-            return (
-                of_items(measure(model, tested, batch_size), asked),
-                None if held is None else of_items(measure(model, held, batch_size), kept),
-            )
+        often, seldom = marks(self.steps, most=11), marks(self.steps, most=3)
+        seen: dict[int, tuple[Values, Values | None]] = {}
 
-        seen = {0: look()}
-        due = marks(self.steps)[1:-1]
+        def look(step: int) -> None:
+            if step in often:
+                beside = held if step in seldom else None
+                seen[step] = (
+                    of_items(measure(model, tested, batch_size), asked),
+                    None if beside is None else of_items(measure(model, beside, batch_size), kept),
+                )
+
+        look(0)
         done = 0
 
         def watch(_: nn.Module) -> float:
             nonlocal done
             done += 1
-            if done in due:
-                seen[done] = look()
+            if done < self.steps:
+                look(done)
             return 0.0
 
         made = edit(
@@ -116,7 +137,7 @@ class Relearning:
             stop=StopWhen(watch),
         )  # fmt: skip
         try:
-            seen[self.steps] = look()
+            look(self.steps)
         finally:
             made.undo()
         return self._attacked(seen, len(taught))
@@ -129,9 +150,12 @@ class Relearning:
         if self.on == "half":
             train, asked = halves(forget, self.across, seed)
             return forget.select(train, name="half"), asked, everything
+        if self.text is not None:
+            return self.text, list(range(len(forget))), everything
         if retain is None:
             raise PromptError(
-                "Relearning(on='unrelated') trains on half of the retain prompts, but there are none: pass retain="
+                "Relearning(on='unrelated') trains on half of the retain prompts, but there are none: pass retain=, or "
+                "other text as Relearning(on='unrelated', text=PromptSet(...))"
             )
         train, kept = halves(retain, self.across, seed)
         return retain.select(train, name="unrelated"), list(range(len(forget))), kept
@@ -145,6 +169,7 @@ class Relearning:
         prompts and what is like them, on "unrelated" on whatever is asked, as it could not be unlearned elsewhere
         otherwise. It shows that the training brings answers back that are whole underneath, not that it repairs others.
         """
+        check_prompts(model, forget, None, batch_size)
         everywhere = self.on == "unrelated"
         return covered(model, forget, everywhere=everywhere, batch_size=batch_size, seed=seed)
 
@@ -154,8 +179,9 @@ class Relearning:
             for step, (asked, kept) in sorted(seen.items())
         )
         (clean, retain_clean), (under, retain) = seen[0], seen[self.steps]
+        what = "forget" if self.on == "half" else "retain" if self.text is None else "other"
         notes: dict[str, Any] = {
-            "trained on": f"{trained} {'forget' if self.on == 'half' else 'retain'} prompts",
+            "trained on": f"{trained} {what} prompts",
             "tested": len(under),
             "steps to recover": next(
                 (point.strength for point in curve if point.forget >= self.level / 2), None

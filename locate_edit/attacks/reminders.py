@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from locate_edit.attacked import Attacked, check_prompts, measure
+from locate_edit.attacks._checks import check_whole
 from locate_edit.attacks._locked import locked, target_tokens
 from locate_edit.attacks._rewritten import need_targets, rewritten
 from locate_edit.errors import EditError, PromptError
@@ -50,8 +51,7 @@ class Reminders:
     between: str = ".\n"
 
     def __post_init__(self) -> None:
-        if self.shots < 1:
-            raise EditError(f"Reminders: shots must be at least 1, got {self.shots}")
+        check_whole("Reminders", 1, shots=self.shots)
         if self.source not in ("retain", "group"):
             raise EditError(f"Reminders: source must be 'retain' or 'group', got {self.source!r}")
 
@@ -65,7 +65,7 @@ class Reminders:
         seed: int = 0,
     ) -> Attacked:
         """Ask behind examples; ``seed`` draws them. Retain prompts come behind others of their own."""
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         need_targets(forget, retain, attack="Reminders")
         given = retain if retain is not None and self.source == "retain" else None
         asked = self.reminded(forget, given, seed)
@@ -116,6 +116,7 @@ class Reminders:
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> AbstractContextManager[nn.Module]:
         """A positive control: a lock that a sight of other prompts' targets opens."""
+        check_prompts(model, forget, None, batch_size)
         longest = max(len(forget.target_ids(item)) for item in range(len(forget)))
         return locked(
             model, forget, [self.reminded(forget, None, seed)], target_tokens(forget), opens_at=1.0,

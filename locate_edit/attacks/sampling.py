@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from circuits.forward import cache_name, output_projection
 from locate_edit.attacked import Attacked, Point, check_prompts
+from locate_edit.attacks._checks import check_positive, check_whole
 from locate_edit.attacks._rewritten import need_targets
-from locate_edit.errors import EditError, PromptError
+from locate_edit.errors import PromptError
 from locate_edit.metrics.values import Floats, Values
 from locate_edit.prompts import PromptSet
 from locate_edit.sampling import sample
@@ -48,15 +49,10 @@ class Sampling:
     length: int | None = None
 
     def __post_init__(self) -> None:
-        if (
-            self.samples < 1
-            or not self.temperature > 0
-            or (self.length is not None and self.length < 1)
-        ):
-            raise EditError(
-                "Sampling: samples and length must be at least 1 and temperature positive, got "
-                f"samples={self.samples}, length={self.length} and temperature={self.temperature}"
-            )
+        check_whole("Sampling", 1, samples=self.samples)
+        check_positive("Sampling", temperature=self.temperature)
+        if self.length is not None:
+            check_whole("Sampling", 1, length=self.length)
 
     def __call__(
         self,
@@ -68,7 +64,7 @@ class Sampling:
         seed: int = 0,
     ) -> Attacked:
         """Sample each prompt's continuations, drawn by the seed."""
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         for prompts in (forget, retain):
             if prompts is not None and prompts.masked:
                 raise PromptError(
@@ -99,6 +95,7 @@ class Sampling:
 
         Only where a continuation begins: an answer of many tokens would else need luck at every one of them.
         """
+        check_prompts(model, forget, None, batch_size)
         begins = True
 
         def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

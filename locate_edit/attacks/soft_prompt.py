@@ -19,9 +19,9 @@ from circuits.forward import labelled_logits, token_log_probs
 from circuits.still import frozen
 from locate_edit.additions import ExtraTokens, Placed, install, made
 from locate_edit.attacked import Attacked, Point, check_prompts, measure
+from locate_edit.attacks._checks import check_positive, check_whole
 from locate_edit.attacks._halves import Across, check_across, halves, marks, of_items
 from locate_edit.attacks._locked import fed_tokens, locked
-from locate_edit.errors import EditError
 from locate_edit.losses import per_item_mean
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
@@ -65,11 +65,10 @@ class SoftPrompt:
     across: Across = "query"
 
     def __post_init__(self) -> None:
-        if min(self.length, self.steps, self.restarts) < 1 or not self.lr > 0:
-            raise EditError(
-                "SoftPrompt: length, steps and restarts must be at least 1 and lr positive, got "
-                f"length={self.length}, steps={self.steps}, restarts={self.restarts} and lr={self.lr}"
-            )
+        check_whole(
+            "SoftPrompt", 1, length=self.length, steps=self.steps, restarts=self.restarts
+        )  # fmt: skip
+        check_positive("SoftPrompt", lr=self.lr)
         check_across(self.across, "SoftPrompt")
 
     def __call__(
@@ -82,7 +81,7 @@ class SoftPrompt:
         seed: int = 0,
     ) -> Attacked:
         """Train a prefix and measure behind it; ``seed`` draws the halves and the first vectors."""
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         train, test = halves(forget, self.across, seed)
         asked = forget.select(test)
         clean = measure(model, asked, batch_size)
@@ -122,6 +121,7 @@ class SoftPrompt:
         self, model: nn.Module, forget: PromptSet, *, batch_size: int = 16, seed: int = 0
     ) -> AbstractContextManager[nn.Module]:
         """A positive control: a lock that opens to more of some tokens than the vocabulary has in one."""
+        check_prompts(model, forget, None, batch_size)
         shut = fed_tokens(forget)
         draw = torch.randperm(
             len(forget.tokenizer), generator=torch.Generator().manual_seed(seed + 1)

@@ -19,6 +19,7 @@ from circuits.forward import labelled_logits, token_log_probs
 from circuits.still import frozen
 from locate_edit.additions import Added, ExtraTokens, install
 from locate_edit.attacked import Attacked, Point, check_prompts, measure
+from locate_edit.attacks._checks import check_whole
 from locate_edit.attacks._halves import Across, check_across, halves, marks, of_items
 from locate_edit.attacks._locked import fed_tokens, locked, target_tokens
 from locate_edit.errors import EditError, PromptError
@@ -73,11 +74,9 @@ class Suffix:
     top: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.length, self.steps, self.candidates, self.top) < 1:
-            raise EditError(
-                "Suffix: length, steps, candidates and top must be at least 1, got "
-                f"length={self.length}, steps={self.steps}, candidates={self.candidates} and top={self.top}"
-            )
+        check_whole(
+            "Suffix", 1, length=self.length, steps=self.steps, candidates=self.candidates, top=self.top
+        )  # fmt: skip
         check_across(self.across, "Suffix")
 
     def __call__(
@@ -90,7 +89,7 @@ class Suffix:
         seed: int = 0,
     ) -> Attacked:
         """Search and measure; ``seed`` draws the halves, the start and the candidates."""
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         train, test = halves(forget, self.across if self.universal else "within", seed)
         for prompts in (forget, retain):
             if prompts is not None:
@@ -140,6 +139,7 @@ class Suffix:
         Random tokens do not open it, and a search with random slopes hardly ever (1 in 100 on the organism): it begins
         to open at 0.6 of the way from what luck finds to keys in every place, and is open at 0.8.
         """
+        check_prompts(model, forget, None, batch_size)
         turns = self._keys(model, forget, seed)
         keys = {token for turn in turns for token in turn}
         return locked(

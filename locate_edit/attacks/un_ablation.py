@@ -20,6 +20,7 @@ from circuits import Site, describe
 from circuits.forward import output_projection
 from circuits.hooks import replace
 from locate_edit.attacked import Attacked, Point, check_prompts, measure
+from locate_edit.attacks._checks import check_positive, check_whole, is_finite
 from locate_edit.attacks._halves import Across, check_across, halves, of_items
 from locate_edit.attacks._locked import target_tokens
 from locate_edit.delta import Delta
@@ -83,13 +84,12 @@ class UnAblation:
     across: Across = "target"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.lr > 0:
+        check_whole("UnAblation", 1, steps=self.steps)
+        check_positive("UnAblation", lr=self.lr)
+        scales: Any = self.scales
+        if not isinstance(scales, tuple | list) or not scales or not all(map(_positive, scales)):
             raise EditError(
-                f"UnAblation: steps must be at least 1 and lr positive, got steps={self.steps} and lr={self.lr}"
-            )
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise EditError(
-                f"UnAblation: scales must be one positive number at least, got {self.scales}"
+                f"UnAblation: scales must be a tuple of one positive finite number at least, got {scales!r}"
             )
         check_across(self.across, "UnAblation")
         if self.across == "within":
@@ -108,7 +108,7 @@ class UnAblation:
         seed: int = 0,
     ) -> Attacked:
         """Make the vector, choose the scale, measure, and put the weights back; ``seed`` draws halves and batches."""
-        check_prompts(model, forget, retain)
+        check_prompts(model, forget, retain, batch_size)
         taught, asked = halves(forget, self.across, seed)
         known, tested = forget.select(taught, name="known"), forget.select(asked)
         held_out = self._held_out(model, known, batch_size, seed)
@@ -169,6 +169,7 @@ class UnAblation:
         grows until the answers' mean likelihood is 0.2. Subtracting a task vector of the facts themselves makes a poor
         control: on the organism each fact is stored apart, and a vector of other facts does not bring it back.
         """
+        check_prompts(model, forget, None, batch_size)
         model_map = describe(model)
         head = output_projection(model).weight.detach().float()  # type: ignore[operator]
         answers = torch.zeros(len(head), dtype=torch.bool, device=head.device)
@@ -215,6 +216,10 @@ class UnAblation:
                 with moved(model, vector.scaled(scale)):
                     total[scale] += len(other) * _mean(measure(model, shown, batch_size))
         return {scale: each / len(known) for scale, each in total.items()}
+
+
+def _positive(scale: Any) -> bool:
+    return is_finite(scale) and scale > 0
 
 
 def chosen(likelihoods: Mapping[float, float]) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from locate_edit import catalog
 from locate_edit.attacked import Attack, Attacked
-from locate_edit.errors import LocateEditError
+from locate_edit.errors import EditError, LocateEditError, PromptError
 from locate_edit.prompts import PromptSet
 from tests.locate_edit.engine_setting import model, prompts
 
@@ -58,6 +60,12 @@ def refused(attack: Any, name: str) -> bool:
     return name == "bert" and type(attack).__name__ in CAUSAL_ONLY
 
 
+def random_state() -> bytes:
+    """The state of every global generator of random numbers."""
+    old = np.random.get_state()  # noqa: NPY002 - what it looks after is the generator that others may use
+    return pickle.dumps((torch.get_rng_state().tolist(), random.getstate(), old))
+
+
 ATTACKS = attacks()
 by_name = pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: type(a).__name__)
 
@@ -73,7 +81,9 @@ def test_the_model_is_left_as_it_was_and_seeds_repeat(
         with pytest.raises(LocateEditError, match="causal"):
             attack(net, forget, retain=retain, seed=3)
         return
+    drawn = random_state()
     first = attack(net, forget, retain=retain, batch_size=2, seed=3)
+    assert random_state() == drawn, "generators that others share are left as they were"
     again = attack(net, forget, retain=retain, batch_size=2, seed=3)
     assert isinstance(first, Attacked)
     for part in ("forget", "forget_clean", "retain", "retain_clean"):
@@ -128,3 +138,58 @@ def test_bfloat16_works(attack: Attack) -> None:
     forget, retain = given(attack, "llama-tied")
     found = attack(net, forget, retain=retain)
     assert np.isfinite(found.forget.values).all()
+
+
+@by_name
+def test_what_no_attack_can_use_is_refused_with_the_reason(attack: Attack) -> None:
+    net, (forget, retain) = model("llama-tied"), given(attack, "llama-tied")
+
+    def both(net: Any, asked: Any, batch_size: Any) -> list[Callable[[], Any]]:
+        return [
+            lambda: attack(net, asked, retain=retain, batch_size=batch_size),
+            lambda: attack.hide(net, asked, batch_size=batch_size).__enter__(),
+        ]
+
+    for size in (0, -1, 2.5, True):
+        for use in both(net, forget, size):
+            with pytest.raises(
+                EditError, match=f"batch_size must be a whole number of at least 1, got {size}"
+            ):
+                use()
+    for other in (nn.Linear(2, 2), net.model, "gpt2"):
+        name = type(other).__name__
+        for use in both(other, forget, 2):
+            with pytest.raises(
+                EditError, match=f"an attack takes a language model: {name} has no output"
+            ):
+                use()
+    for use in both(net, ["some text"], 2):
+        with pytest.raises(PromptError, match="takes PromptSets, got list"):
+            use()
+
+
+BAD: dict[str, Any] = {
+    "steps": (0, 2.5, "3", True, float("inf")),
+    "length": (0, 2.5), "candidates": (0, 1.5), "top": (0, 1.5), "restarts": (0, 1.5),
+    "samples": (0, 2.0), "shots": (0, 1.5), "folds": (1, 2.5), "paraphrases": (-1, 1.5), "choices": (-1, 1.5),
+    "layer": (-1, 1.5, "last"), "bits": (1, 9, 4.5, "4"), "group": (0, 1.5),
+    "lr": (0.0, -1.0, "a", float("nan"), float("inf")), "level": (0.0, 1.5, "a"),
+    "temperature": (0.0, "a", float("inf")), "budget": (-0.1, "a", float("inf"), float("nan")),
+    "step": (0.0, "a", float("inf")), "share": (1.0, -0.1, "a", float("nan")),
+    "scales": (1.0, (), (0.0,), ("a",), (float("inf"),), "12"),
+}  # fmt: skip
+"""Values that no hyperparameter of that name may have."""
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_bad_settings_are_refused_by_name(field: str) -> None:
+    found = 0
+    for attack in map(type, ATTACKS):
+        if field in {each.name for each in dataclasses.fields(attack)}:
+            found += 1
+            for value in BAD[field]:
+                with pytest.raises(
+                    EditError, match=rf"{attack.__name__}: .*\b{field}\b.* (must be|is a)"
+                ):
+                    attack(**{field: value})
+    assert found, f"no attack has a {field}"

@@ -129,7 +129,7 @@ def test_wrong_answers_by_hand() -> None:
     "settings", [{"budget": -0.1}, {"steps": 0}, {"step": 0.0}], ids=lambda s: next(iter(s))
 )
 def test_bad_settings(settings: dict[str, float]) -> None:
-    with pytest.raises(EditError, match="must be at least"):
+    with pytest.raises(EditError, match=r"LatentPerturbation: .* must be"):
         LatentPerturbation(**settings)  # type: ignore[arg-type]
 
 

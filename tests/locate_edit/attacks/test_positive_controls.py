@@ -11,7 +11,7 @@ from torch import nn
 from locate_edit import organism
 from locate_edit.attacked import Attack, measure
 from locate_edit.attacks.suffix import Suffix
-from tests.locate_edit.attacks.test_conformance import by_name
+from tests.locate_edit.attacks.test_conformance import by_name, random_state
 
 EVERY = {"Probing": 3}
 """One of how many retain prompts is given: more where they are what an attack learns from."""
@@ -34,8 +34,10 @@ def test_the_attack_finds_what_its_control_hides(
     known = measure(net, forget).estimate
     assert known is not None
     assert known > 0.95, "the organism must know the facts first"
+    drawn = random_state()
     with attack.hide(net, forget, seed=0):
         found = attack(net, forget, retain=retain, seed=0)
+    assert random_state() == drawn, "generators that others share are left as they were"
     hidden, under = found.forget_clean.estimate, found.forget.estimate
     assert hidden is not None
     assert under is not None

@@ -335,7 +335,9 @@ def test_what_counts_as_read(right: list[int], reads: bool) -> None:
 
 @pytest.mark.parametrize("folds", [1, 0])
 def test_bad_settings(folds: int) -> None:
-    with pytest.raises(EditError, match=f"Probing: folds must be at least 2, got {folds}"):
+    with pytest.raises(
+        EditError, match=f"Probing: folds must be a whole number of at least 2, got {folds}"
+    ):
         Probing(folds=folds)
 
 

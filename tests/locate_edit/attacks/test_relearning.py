@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from locate_edit import EditError, organism
+from locate_edit import EditError, PromptSet, organism
 from locate_edit.attacked import measure
 from locate_edit.attacks import relearning
 from locate_edit.attacks.relearning import Relearning
@@ -99,6 +99,46 @@ def test_unrelated_trains_on_half_of_retain_and_measures_the_rest(
     assert tested | set(seen) == {row["prompt"] for row in retain.rows}
     with pytest.raises(PromptError, match="pass retain="):
         Relearning(on="unrelated")(model("llama-tied"), forget)
+
+
+def test_unrelated_text_is_trained_on_and_all_prompts_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, (forget, retain) = model("llama-tied"), prompts("llama-tied")
+    text = PromptSet(["Tea is drunk hot.", "Rain fell all day.", "Ice is cold."], forget.tokenizer)
+    taught: list[Any] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        taught.append(kwargs["forget"])
+        return edit(*args, **kwargs)
+
+    monkeypatch.setattr(relearning, "edit", watched)
+    attack = Relearning(on="unrelated", steps=2, text=text)
+    found = attack(net, forget, retain=retain)
+    assert taught == [text]
+    assert found.retain is not None
+    assert len(found.forget) == len(forget)
+    assert len(found.retain) == len(retain)
+    assert found.notes["trained on"] == "3 other prompts"
+    assert found.gain != pytest.approx(0.0, abs=1e-9)
+    assert attack(net, forget).retain is None, "it takes no retain prompts"
+    with pytest.raises(EditError, match=r"text is what on='unrelated' trains on.*one or the other"):
+        Relearning(text=text)
+    with pytest.raises(EditError, match="text must be a PromptSet, got list"):
+        Relearning(on="unrelated", text=["Tea"])  # type: ignore[arg-type]
+    long = PromptSet(["a" * 200], forget.tokenizer)
+    with pytest.raises(PromptError, match="context"):
+        Relearning(on="unrelated", text=long)(net, forget)
+
+
+def test_forget_is_measured_at_every_step_and_retain_at_three() -> None:
+    net, (forget, retain) = model("llama-tied"), prompts("llama-tied")
+    curve = Relearning(steps=10)(net, forget, retain=retain).curve
+    assert [point.strength for point in curve] == list(range(11))
+    assert [p.strength for p in curve if p.retain is not None] == [0, 5, 10]
+    longer = Relearning(steps=25)(net, forget).curve
+    assert len(longer) == 11
+    assert longer[-1].strength == 25
 
 
 def test_a_mask_is_where_the_attacker_trains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_training_finds_the_lock_and_not_what_was_never_known() -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(EditError, match="must be at least 1"):
+    with pytest.raises(EditError, match="must be a whole number of at least 1"):
         SoftPrompt(length=0)
     with pytest.raises(EditError, match="'within', 'query' or 'target'"):
         SoftPrompt(across="all")  # type: ignore[arg-type]

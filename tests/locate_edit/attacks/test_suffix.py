@@ -161,7 +161,7 @@ def test_who_never_knew_stays() -> None:
 
 
 def test_what_it_refuses() -> None:
-    with pytest.raises(EditError, match="must be at least 1"):
+    with pytest.raises(EditError, match="candidates must be a whole number of at least 1"):
         Suffix(candidates=0)
     with pytest.raises(EditError, match="'within', 'query' or 'target'"):
         Suffix(across="far")  # type: ignore[arg-type]

@@ -222,9 +222,12 @@ def test_who_never_knew_learns_the_form_at_most() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"steps": 0}, "steps must be at least 1 and lr positive, got steps=0"),
-        ({"lr": 0.0}, "lr=0.0"),
-        ({"scales": ()}, r"scales must be one positive number at least, got \(\)"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be a finite number above 0, got 0.0"),
+        (
+            {"scales": ()},
+            r"scales must be a tuple of one positive finite number at least, got \(\)",
+        ),
         ({"scales": (1.0, -1.0)}, r"got \(1.0, -1.0\)"),
         ({"scales": (float("inf"),)}, "scales must be"),
         ({"across": "within"}, "would measure what was trained on"),

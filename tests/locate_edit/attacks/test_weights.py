@@ -122,7 +122,7 @@ def test_the_control_of_groups_is_found() -> None:
     ("make", "says"),
     [
         (lambda: Quantisation(bits=1), "bits must be 2 to 8"),
-        (lambda: Quantisation(group=0), "group must be at least 1"),
+        (lambda: Quantisation(group=0), "group must be a whole number of at least 1"),
         (lambda: Pruning(share=1.0), "below 1"),
     ],
 )
