@@ -272,10 +272,11 @@ def _by_fact(
     if not any(fact and row.get(field) for row, fact in zip(rows, facts, strict=True)):
         return [None] * len(rows)
     asked, of = predictions.reworded(field)
-    values = np.array(each(asked))
+    totals = np.bincount(of, weights=each(asked), minlength=len(rows))
+    counts = np.bincount(of, minlength=len(rows))
     return [
-        float(values[of == index].mean()) if index in set(of.tolist()) else None
-        for index in range(len(rows))
+        total / count if count else None
+        for total, count in zip(totals.tolist(), counts.tolist(), strict=True)
     ]
 
 
