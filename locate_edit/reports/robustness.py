@@ -244,8 +244,8 @@ class Robustness:
             )
         if above := found.get("stays above the oracle"):
             said.append(
-                f"Under {_and(above)} the model still gives more than one that never knew, but no more is shown to come "
-                "from the attack: not forgotten, rather than hidden."
+                f"Under {_and(above)} the model still gives more than one that never knew, but no more is shown to "
+                "come from the attack: not forgotten, rather than hidden."
             )
         if few := found.get("too few prompts"):
             said.append(
