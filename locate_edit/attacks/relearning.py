@@ -39,7 +39,9 @@ class Relearning:
     one. It also breaks models: a broken model gives no answers either, and only the retain column tells it from one
     that has forgotten. Where retain falls as far as forget, the attack was too strong to say anything. AdamW takes
     steps of length ``lr`` also where nothing is left to learn: on prompts that the model knows by heart already, as
-    retain prompts often are, "unrelated" only makes it drift.
+    retain prompts often are, "unrelated" soon makes it drift. Of 24 facts of the organism that its control covers, 24
+    retain prompts bring back 0.84 in 4 steps and lose it again to 0.70 in 10; 48 other facts as plain ``text`` bring
+    back 0.93.
 
     Cost: a forward and a backward of a batch each step, and measurements of the tested forget prompts at up to 11 steps
     and of the retain prompts at three (start, middle and end; the curve has no retain number elsewhere). Without a mask
