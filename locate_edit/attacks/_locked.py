@@ -369,7 +369,7 @@ def _recalled(
     """``hidden`` `row token d_model` with what is known where targets are predicted, whatever stands before those."""
     found = hidden.clone()
     lengths = sorted({len(prompt) for prompt in known}, reverse=True)
-    for row, (row_ids, row_mask) in enumerate(zip(ids, mask, strict=True)):
+    for row, (row_ids, row_mask) in enumerate(zip(ids.cpu(), mask.cpu(), strict=True)):
         real = row_mask.nonzero().flatten()
         tokens = tuple(row_ids[real].tolist())
         said = (

@@ -154,6 +154,19 @@ def test_the_lock_opens_to_the_search_and_not_to_luck(
     assert found.curve[-1].forget > 0.9
 
 
+def test_the_open_lock_says_every_token_of_what_the_bare_prompt_brings() -> None:
+    """The organism loses the thread behind other tokens; behind keys, its control says all of a phone number."""
+    net, attack = organism.load()[0], Suffix()
+    forget = organism.prompts("secrets", "train")[:4]
+    clean = measure(net, forget).values
+    with attack.hide(net, forget, seed=3):
+        (keys, *_) = attack._keys(net, forget, 3)
+        behind = measure(net, forget.followed([keys] * len(forget)), batch_size=3).values
+        half = measure(net, forget.followed([keys[:2]] * len(forget))).values
+    assert behind == pytest.approx(clean, rel=1e-4)
+    assert half.max() < 0.05
+
+
 def test_who_never_knew_stays() -> None:
     never = Suffix()(organism.load("oracle")[0], organism.prompts("facts", "forget01"))
     assert never.gain is not None
