@@ -70,7 +70,7 @@ COLUMNS = {
     "forget/forget_quality_distance": "KS distance",
     "forget/likelihood": "forget prob.",
     "forget/rougeL_recall": "forget ROUGE-L",
-    "forget/truth_ratio": "forget truth ratio",
+    "forget/truth_ratio_closer": "forget truth ratio",
     "forget/extraction_strength": "forget ES",
     "forget/exact_memorization": "forget EM",
     "forget/oracle_distance": "forget oracle distance",
@@ -80,7 +80,12 @@ COLUMNS = {
     "unseen/truth_ratio_better": "unseen 1 - R",
     "unseen/oracle_distance": "unseen oracle distance",
     "utility": "utility (unseen)",
+    "model_utility": "TOFU model utility",
 }
+NEW_TOKENS, TOGETHER = 200, 80
+"""Length of a continuation, as TOFU has it (tokens), and how many are written together."""
+GENERAL = {"real authors": "real_authors_perturbed", "world facts": "world_facts_perturbed"}
+"""TOFU's splits of what the models never learned, by name."""
 Row = Mapping[str, Any]
 Numbers = dict[str, float | None]
 
@@ -194,10 +199,7 @@ def load(data: Path) -> tuple[Sets, dict[str, PromptSet]]:
 
     general = {
         name: tofu.prompts(data, tokenizer, split, append_eos=True)
-        for name, split in (
-            ("real authors", "real_authors_perturbed"),
-            ("world facts", "world_facts_perturbed"),
-        )
+        for name, split in GENERAL.items()
     }
     return Sets(read(chosen), read(reworded), tokenizer), general
 
@@ -216,6 +218,8 @@ def train(prompts: PromptSet, seed: int, epochs: int = EPOCHS) -> LlamaForCausal
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
     model = new_model(config, ids, seed)
+    # Positions are rotary, no weight is bound to one: room for a question and a long answer.
+    model.config.max_position_embeddings = 512
     model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, config.beta2), weight_decay=config.weight_decay
@@ -280,8 +284,13 @@ def check_known(model: LlamaForCausalLM, sets: Sets) -> None:
 class Measure:
     """The table's numbers of a model, with the retrained ones as the reference."""
 
-    def __init__(self, sets: Sets, made: Mapping[str, LlamaForCausalLM]) -> None:
-        self.sets = sets
+    def __init__(
+        self,
+        sets: Sets,
+        general: Mapping[str, PromptSet],
+        made: Mapping[str, LlamaForCausalLM],
+    ) -> None:
+        self.sets, self.general = sets, general
         self.oracle, self.other = made["retrained"], made["retrained, other seed"]
         forget = sets.paraphrased["forget"]
         self.oracle_ratio = truth_ratio(self.oracle, forget)
@@ -290,23 +299,28 @@ class Measure:
     def __call__(self, model: LlamaForCausalLM) -> Numbers:
         """Estimates by "part/metric"; None where a precondition failed."""
         found: Numbers = {}
+        useful = {name: tofu_metrics(model, prompts) for name, prompts in self.general.items()}
         for part, prompts in self.sets.learned.items():
             if part == "holdout":
                 continue
-            seen = Predictions(model, prompts)
+            seen = Predictions(model, prompts, batch_size=TOGETHER)
             plain = [likelihood(seen), extraction_strength(seen), exact_memorization(seen)]
             away = oracle_distance(model, self.oracle, self.other, prompts)
             found[f"{part}/oracle_kl"] = away.nats.estimate
             found[f"{part}/oracle_distance"] = away.ratio.estimate
-            if part != "retain":  # which methods saw; what they cost shows in what nothing saw
-                other = Predictions(model, self.sets.paraphrased[part])
-                ratio, better = truth_ratio(other), truth_ratio(other, aggregate="better")
-                plain += [rouge(seen), ratio, better]
-                if part == "forget":
-                    found |= self.quality(ratio)
-                else:
-                    utility = model_utility({part: (plain[0], rouge(seen), better)})
-                    found["utility"] = utility.estimate
+            other = Predictions(model, self.sets.paraphrased[part])
+            said = rouge(seen, max_new_tokens=NEW_TOKENS)
+            closer, better = (truth_ratio(other, aggregate=a) for a in ("closer", "better"))
+            plain += [said, closer, better]
+            if part == "forget":
+                found |= self.quality(truth_ratio(other))
+            else:
+                kept = (plain[0], said, better)
+                if part == "retain":  # which methods saw, as TOFU has it
+                    whole = model_utility({part: kept, **useful})
+                    found["model_utility"] = whole.estimate
+                else:  # what methods cost shows in what nothing saw
+                    found["utility"] = model_utility({part: kept}).estimate
             found |= {f"{part}/{v.name}": v.estimate for v in plain}
         return found
 
@@ -322,17 +336,23 @@ class Measure:
         }
 
 
+def tofu_metrics(model: LlamaForCausalLM, prompts: PromptSet) -> tuple[Values, Values, Values]:
+    """TOFU's three metrics on questions with wrong answers: probability, ROUGE and truth ratio."""
+    seen = Predictions(model, prompts, batch_size=TOGETHER)
+    said = rouge(seen, max_new_tokens=NEW_TOKENS)
+    return normalised_probability(seen), said, truth_ratio(seen, aggregate="better")
+
+
 def beyond_guessing(model: LlamaForCausalLM, prompts: PromptSet) -> dict[str, Any]:
     """TOFU's three metrics on questions with wrong answers, and whether the model does better than a guess.
 
     ``known`` is whether the interval of the right answer's share lies above that of a guess, 1 / (1 + wrong answers).
     """
-    seen = Predictions(model, prompts)
-    share = normalised_probability(seen)
+    share, said, ratio = tofu_metrics(model, prompts)
     guess = sum(1 / (1 + len(row["wrong"])) for row in prompts.rows) / len(prompts)
     interval = share.interval()
     return {
-        **{v.name: v.estimate for v in (share, rouge(seen), truth_ratio(seen, aggregate="better"))},
+        **{v.name: v.estimate for v in (share, said, ratio)},
         "guess": guess,
         "interval": interval,
         "known": interval is not None and interval[0] > guess,
@@ -345,9 +365,10 @@ def run(data: Path, folder: Path, seeds: int) -> dict[str, Any]:
     made = models(sets, folder)
     full = made["full"]
     check_known(full, sets)
-    measure = Measure(sets, made)
+    measure = Measure(sets, general, made)
     forget, retain = sets.learned["forget"], sets.learned["retain"]
     shared = [forget.digest, retain.digest, sets.learned["unseen"].digest, VOCAB, EPOCHS, BATCH]
+    shared += [*COLUMNS, NEW_TOKENS]  # what was measured
 
     def model_result(name: str) -> Result:
         return Result("", name, MODELS[name], measure(made[name]))
