@@ -120,6 +120,11 @@ attack_dots(found_late.robustness).figure
 # %%
 attack_dots(found_deep.robustness).figure
 
+# %% [markdown]
+# In words: an attack *brings answers back* where it adds to what the model says, adds more than to the oracle, and ends
+# above it. Where the model *stays above the oracle* without the attack's help, the answers are known better than by a
+# model that never learned them, in the open.
+
 # %%
 for trial in found_late.robustness.trials:
     other = found_deep.robustness[trial.name]
