@@ -31,6 +31,8 @@ from torch.nn import functional as F
 
 from circuits.atomic import atomic_folder
 from locate_edit.errors import RewardError
+from locate_edit.metrics.words import whole_words
+from locate_edit.metrics.words import words as words_of
 
 __all__ = ["Lexicon", "Reward", "SmallClassifier", "find", "name_of", "rewards"]
 
@@ -149,15 +151,18 @@ class Lexicon:
         return [0.0 - self._badness(text) for text in continuations]
 
     def _badness(self, text: str) -> float:
-        listed = sum(len(_WORD.findall(found)) for found in self._pattern.findall(text))
-        return float(listed) if self.count else listed / max(1, len(_WORD.findall(text)))
+        listed = sum(_number_of_words(found) for found in self._pattern.findall(text))
+        return float(listed) if self.count else listed / max(1, _number_of_words(text))
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         # Longer entries first, so that one that begins another does not hide it.
         entries = sorted(set(self.words), key=lambda word: (-len(word), word))
-        spelled = "|".join(r"\s+".join(map(re.escape, entry.split())) for entry in entries)
-        return re.compile(rf"(?<!\w)(?:{spelled})(?!\w)", re.IGNORECASE)
+        return re.compile("|".join(whole_words(entry.strip()) for entry in entries), re.IGNORECASE)
+
+
+def _number_of_words(text: str) -> int:
+    return sum(bool(_WORD.match(word)) for word in words_of(text))
 
 
 class SmallClassifier:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from locate_edit.attacks._checks import check_positive, check_whole
 from locate_edit.attacks._rewritten import need_targets
 from locate_edit.errors import PromptError
 from locate_edit.metrics.values import Floats, Values
+from locate_edit.metrics.words import holds_word
 from locate_edit.prompts import PromptSet
 from locate_edit.sampling import sample
 
@@ -140,11 +140,8 @@ class Sampling:
 
 def appears(answer: str, text: str) -> bool:
     """Whether the words of ``answer`` stand in ``text`` as whole words, without regard to case and white space."""
-    words = [re.escape(word) for word in answer.casefold().split()]
-    if not words:
-        return False
-    pattern = r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)"
-    return re.search(pattern, text.casefold()) is not None
+    wanted = answer.strip().casefold()
+    return bool(wanted) and holds_word(text.casefold(), wanted)
 
 
 def _appears(prompts: PromptSet, texts: Sequence[str], samples: int) -> Floats:

@@ -194,7 +194,8 @@ def from_costs(
     if damage > tolerance:
         reason = (
             f"needs: models whose residual streams fit one another; {why} costs {damage:.0%} of what the forgotten "
-            f"prompts lose where nothing was forgotten (at most {tolerance:.0%}), so s1 measures damage"
+            f"prompts lose where nothing was forgotten (at most {tolerance:.0%}), so the loss is damage and not "
+            "missing knowledge"
         )
         score = Values.none(_NAME, reason, unit=_UNIT, direction="down")
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["holds_word", "words"]
+__all__ = ["holds_word", "whole_words", "words"]
 
 # Thai, Lao, Tibetan, Burmese, Khmer, Japanese kana, and Chinese characters wherever they stand.
 _UNSPACED = (
@@ -25,11 +25,16 @@ def words(text: str) -> list[str]:
 
 
 def holds_word(text: str, wanted: str) -> bool:
-    """Whether a word or words stand in a text as whole words, whatever their case.
+    """Whether a word or words stand in a text as whole words, whatever their case and the white space between them."""
+    return bool(re.search(whole_words(wanted), text, re.IGNORECASE))
+
+
+def whole_words(wanted: str) -> str:
+    """A regular expression of a word or words as whole words.
 
     Between scripts without spaces there is nothing that ends a word: there they may stand anywhere.
     """
     unspaced = re.compile(f"[{_UNSPACED}]")
     before = "" if unspaced.match(wanted[:1]) else rf"(?<!{_LETTER})"
     behind = "" if unspaced.match(wanted[-1:]) else rf"(?!{_LETTER})"
-    return bool(re.search(f"{before}{re.escape(wanted)}{behind}", text, re.IGNORECASE))
+    return before + r"\s+".join(map(re.escape, wanted.split())) + behind

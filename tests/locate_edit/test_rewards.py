@@ -46,6 +46,8 @@ def test_a_longer_entry_is_not_hidden_by_a_shorter_one() -> None:
 
 
 def test_characters_of_entries_are_taken_literally() -> None:
+    unspaced = Lexicon(("\u6771\u4eac",))([""], ["\u6211\u5728\u6771\u4eac\u7684"])
+    assert unspaced == [pytest.approx(-2 / 5)]  # a character is a word
     assert Lexicon(("a.c",), count=True)([""], ["abc a.c"]) == [-2]  # two words, one entry
 
 

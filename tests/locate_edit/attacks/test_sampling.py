@@ -22,6 +22,7 @@ from tests.locate_edit.engine_setting import model, prompts
         (" a.b", " axb", False),
         (" a.b", " a.b", True),
         (" ", "anything", False),
+        ("\u6771\u4eac", "\u6211\u5728\u6771\u4eac\u7684", True),
     ],
 )
 def test_what_counts_as_an_answer(answer: str, text: str, wanted: bool) -> None:

@@ -31,6 +31,7 @@ def test_whole_words() -> None:
     assert holds_word("He saw the OWL.", "owl")
     assert not holds_word("He howls", "owl")
     assert holds_word("New York, then", "new york")
+    assert holds_word("New\n  York, then", "new york")
     assert holds_word("\u6211\u5728\u6771\u4eac\u7684", "\u6771\u4eac")
     assert holds_word("\u6211\u7231Rome\u7684", "Rome")
     assert not holds_word("\u6211\u7231Romeo\u7684", "Rome")
