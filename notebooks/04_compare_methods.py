@@ -111,8 +111,8 @@ for key in ("retain/oracle_kl", "neighbours/oracle_kl"):
 # %% [markdown]
 # ## Both at once
 #
-# Every point is one place, method and size, a mean over the seeds. Right is better kept, down is more forgotten; the line
-# joins the points that no other beats in both. In the shaded part, beyond the oracle, more forgetting is no merit.
+# Every point is one place, method and size, a mean over the seeds. Right is better kept, down is more forgotten; the
+# line joins the points that no other beats in both. In the shaded part, beyond the oracle, forgetting is no merit.
 
 # %%
 trade_off(found, keep="neighbours", ax=new_axes(6, 3.8))

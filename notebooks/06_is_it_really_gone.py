@@ -122,8 +122,7 @@ attack_dots(found_deep.robustness).figure
 
 # %% [markdown]
 # In words: an attack *brings answers back* where it adds to what the model says, adds more than to the oracle, and ends
-# above it. Where the model *stays above the oracle* without the attack's help, the answers are known better than by a
-# model that never learned them, in the open.
+# above it. Where the model only *ends above the oracle*, something is left, but it is not shown that it was hidden.
 
 # %%
 for trial in found_late.robustness.trials:
@@ -189,7 +188,8 @@ deep.undo()
 #
 # - **Unlikely is not gone.** The late edit came near the oracle's likelihood and left the facts in every layer but one.
 # - **Deeper costs more, and is not the end of it.** The deep edit took the facts out of more layers, and some retained
-#   ones with them. Training on half of the people brought part of the other half back all the same.
+#   ones with them. Asked in other forms it gives half of them away all the same, and trained on half of the people it
+#   ends above the oracle on the others.
 # - **Without the oracle's column an attack's number means little**: several of them get something out of a model that
 #   never knew, because the best of many guesses is a good guess.
 # - **An attack that finds nothing proves nothing** beyond itself. That is why each had to find its control first; what

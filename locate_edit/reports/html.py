@@ -61,8 +61,8 @@ _OUTCOMES: Mapping[Outcome, str] = {
     "knew (the oracle), and ends above that; the 95% intervals of all three differences lie above 0.",
     "rises": "the attack adds to what the model gives without it, but there is no oracle to tell whether it would add "
     "as much to a model that never knew.",
-    "stays above the oracle": "the model gives more than the oracle under the attack, but no more is shown to come "
-    "from the attack: not forgotten, rather than hidden.",
+    "ends above the oracle": "the model gives more than the oracle under the attack, so something is left; that it was "
+    "hidden, and that the attack brought it back, is not shown. Compare with what it gives without the attack.",
     "breaks the model": f"nothing came back, and of what the model should know anyway less than {BROKEN:.0%} is left: "
     "this says nothing about the edit.",
     "nothing shown": "none of the others, with so many prompts. Another attack, or more prompts, may show something.",
