@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -107,8 +108,11 @@ class Line:
 
     @property
     def title(self) -> str:
-        """The metric's name in words."""
-        return self.metric.replace("_", " ")
+        """The metric's name in words, with its settings if it has any."""
+        name, bracket, settings = self.metric.partition("(")
+        # Keys of files hold no dots: see `key_of`.
+        settings = re.sub(r"(?<=\d)_(?=\d)", ".", settings)
+        return f"{name.replace('_', ' ')}{bracket and ' ('}{settings}"
 
     def value(self, column: str) -> float | None:
         """The number in one state, or None."""

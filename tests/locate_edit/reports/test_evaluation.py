@@ -24,6 +24,7 @@ from locate_edit.metrics import memorization as memorization_module
 from locate_edit.metrics.divergence import jensen_shannon, kl_divergence
 from locate_edit.metrics.exposure import exposure
 from locate_edit.metrics.likelihood import likelihood, nll
+from locate_edit.metrics.membership import min_k
 from locate_edit.metrics.perplexity import perplexity
 from locate_edit.metrics.perplexity_shift import perplexity_rose
 from locate_edit.metrics.values import Values
@@ -168,6 +169,13 @@ def test_what_is_measured_from_the_model_before_is_not_measured_from_the_oracle(
     alone = evaluate(fake, chosen)
     assert alone.value("kl_divergence") == report.value("kl_divergence")
     assert alone.value("jensen_shannon") is None
+
+
+def test_a_metric_with_settings_is_called_by_them() -> None:
+    report = evaluate(FakeEdit({}), [functools.partial(min_k, k=0.5)], random=False)
+    assert report.lines[0].title == "min k (k=0.5)"
+    assert evaluate(FakeEdit({}), [exposure], random=False).lines[0].title == "exposure"
+    assert report.line("min_k(k=0_5)").value("after") is not None
 
 
 def test_oracles_are_looked_at() -> None:
