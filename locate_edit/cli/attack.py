@@ -107,7 +107,7 @@ def attack(
     reason = "random masks need the edit itself: give --edit"
     if edit is not None:
         target, reason = read_edit(edit, target, gone, kept)
-    masks = how_many_random(random, reason, usual=0)
+    masks = how_many_random(random, reason, usual=0) or 0
     before, never_knew = (
         None if text is None else load(text, dtype=dtype, device=device)[0]
         for text in (original, oracle)

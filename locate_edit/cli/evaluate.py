@@ -87,7 +87,7 @@ def evaluate(
     reason = "there is no edit"
     if edit is not None:
         target, reason = read_edit(edit, target, **sets)
-    masks = how_many_random(random, reason, usual=1)
+    masks = how_many_random(random, reason, usual=None)
     notes = () if edit is None or not reason else (f"no random control: {reason}",)
     others = {
         name: read_prompts(Path(file), model_map, tokenizer, chat=chat, eos=eos)

@@ -100,8 +100,6 @@ def read_edit(
     from locate_edit.editing import Edit
 
     made = Edit.load(folder).apply(model)
-    if made.mask is None:
-        return made, "the edit has no mask, so there is nothing to draw at random"
     try:
         if forget is None:
             raise EditError(
@@ -115,8 +113,10 @@ def read_edit(
     return made, ""
 
 
-def how_many_random(wanted: int | None, reason: str, usual: int) -> int:
+def how_many_random(wanted: int | None, reason: str, usual: int | None) -> int | None:
     """How many random masks there are to be, where the edit can be made again or ``reason`` says why not.
+
+    None is for one, if it can be had.
 
     Raises:
         EditError: some were asked for and cannot be had.

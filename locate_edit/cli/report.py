@@ -96,7 +96,7 @@ def report(
     model_map = describe(loaded)
     gone, kept = (read_prompts(file, model_map, tokenizer, **reading) for file in (forget, retain))
     made, reason = read_edit(edit, loaded, gone, kept)
-    masks = how_many_random(random, reason, usual=1)
+    masks = how_many_random(random, reason, usual=None)
     oracles = [
         None if text is None else load(text, dtype=dtype, device=device)[0]
         for text in (oracle, other_oracle)

@@ -208,7 +208,7 @@ def slope_panel(
         ax.set_ylim(-0.03, 1.05)
     ax.spines[["top", "right"]].set_visible(False)
     entitle(ax, title or _method(report) or "before and after")
-    ax.legend(frameon=False, fontsize=7.5)
+    ax.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     footer(ax, *_about(report))
     provide(ax, lambda: rows)
     return ax
@@ -234,7 +234,7 @@ def slope_panels(
     if not chosen:
         raise EditError("no metric to draw: expected reports that share one, before and after")
     _, grid = plt.subplots(
-        len(chosen), len(named), figsize=(0.6 + 3.3 * len(named), 0.2 + 2.9 * len(chosen)),
+        len(chosen), len(named), figsize=(1.6 + 3.3 * len(named), 0.2 + 2.9 * len(chosen)),
         layout="constrained", dpi=150, squeeze=False, sharey="row",
     )  # fmt: skip
     drawn = []
@@ -243,7 +243,8 @@ def slope_panels(
             ax = slope_panel(report, metric, title=name, ax=grid[y][x])
             if x:
                 ax.set_ylabel("")
-                ax.legend().remove()
+            if x < len(named) - 1 and (legend := ax.get_legend()) is not None:
+                legend.remove()
             drawn.append(ax)
     return drawn
 

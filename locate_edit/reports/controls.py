@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import nn
 
-from circuits import ComponentMask
+from circuits import ComponentMask, describe
+from circuits.errors import UnknownFamily
 from locate_edit.editing import Edit
 from locate_edit.errors import EditError
 
@@ -56,7 +57,8 @@ def wanted(
     Args:
         target: the edit.
         random: True or a number of random masks of the edit's size and kind; controls; False or 0 for none. None takes
-            one random mask where the edit can be made again.
+            one random mask where the edit can be made again. They are drawn in the edit's own sites, or, where it holds
+            more than half of these, in all of its kinds.
         seed: of the first mask; each further one has the next seed.
 
     Raises:
@@ -76,13 +78,34 @@ def wanted(
             "the edit was loaded from a folder and does not have its prompts: give it these with recall(forget=..., "
             "retain=...), or pass random=[...] with edits or models made on random masks"
         )
+    place, within = _place(target)
+    if not reason and isinstance(place, ComponentMask) and place.count() == place.total():
+        reason = "the mask holds every unit of its kind, so there are no others to draw at random"
     if reason and random is not None:
         raise EditError(f"a random control was asked for, but {reason}.")
     if reason:
         return [], reason
     n_masks = 1 if random is None or random is True else random
     # Offset: the seed itself may have drawn the mask that is being controlled.
-    return [target.mask.random_like(seed=seed + 1 + k) for k in range(n_masks)], ""
+    return [place.random_like(seed=seed + 1 + k, **within) for k in range(n_masks)], ""
+
+
+def _place(target: Editable) -> tuple[Any, dict[str, Any]]:
+    """The mask to draw others like, and how.
+
+    They are drawn in the same sites, which keeps all else equal, such as the layer. Where the mask holds more than half
+    of these (a whole layer, say), most of what is drawn would be the same units: then from all sites of their kinds.
+    """
+    mask = target.mask
+    if not isinstance(mask, ComponentMask) or 2 * mask.count() <= mask.total():
+        return mask, {}
+    try:
+        model_map = describe(target.model)
+    except UnknownFamily:
+        return mask, {}
+    kinds = sorted({site.kind for site in mask.sites})
+    every = ComponentMask.empty(model_map, kinds)
+    return ComponentMask({**every.on, **mask.on}, mask.provenance), {"within": "kind"}
 
 
 def made(target: Editable, controls: Sequence[Control]) -> list[Control]:

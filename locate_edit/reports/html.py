@@ -53,7 +53,8 @@ _ATTACKS = (
     "What an edit took may only be hidden. Each attack tries to bring the answers back, told nothing of the edit. "
     "Bold: what it gets out of the model, larger is more, with its 95% interval over prompts; below it what the model "
     "gives without the attack, and what becomes of prompts that it should answer anyway. The control is a model that "
-    "surely hides the answers: an attack counts only where it finds them there."
+    "surely hides the answers: an attack counts only where it finds them there. Each interval is of one comparison: of "
+    "many, one may lie above 0 by chance."
 )
 _MARGIN = " One that adds less than {margin:g} to its control has no number here."
 _OUTCOMES: Mapping[Outcome, str] = {

@@ -639,7 +639,7 @@ _LEGEND = (
     "beyond oracle: attacked forget measure minus the oracle's, which is what is left of the knowledge, hidden or not. "
     "gained beyond: how much more the attack adds than it adds to the oracle, which is what was hidden. An attack "
     "brings answers back where both are above 0. n: forget prompts tested. Where retain falls, the attack breaks the "
-    "model rather than finding nothing.",
+    "model rather than finding nothing. Intervals are of one comparison each: of many, one may lie above 0 by chance.",
 )
 
 

@@ -125,7 +125,7 @@ def test_an_edit_without_a_mask_has_no_random_control_and_a_report_all_the_same(
     measured = json.loads(invoke("evaluate", *arguments, "--json").stdout)
     assert "the edit has no mask" in measured["notes"][0]
     refused = invoke("report", *arguments, "--random", 1, "--out", tmp_path / "no", code=1)
-    assert "--random 1: the edit has no mask" in refused.output
+    assert "a random control was asked for, but the edit has no mask" in refused.output
 
 
 def test_an_interruption_writes_what_was_found(
