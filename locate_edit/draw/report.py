@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["before_after", "figures", "metric_panel", "oracle_panel"]
 
 _SEPARATE = ("oracle_distance", "oracle_kl")
+_DIRECTIONS = {
+    "up": "larger: better known",
+    "down": "smaller: better known",
+    "distance": "smaller: closer",
+    "closeness": "larger: closer",
+}
 
 
 def figures(report: Report) -> dict[str, Figure]:
@@ -80,8 +86,9 @@ def metric_panel(report: Report, metric: str, ax: Axes | None = None) -> Axes:
             if cell.value == 0:  # a bar of no height still has to be seen
                 axes.plot([x - width * 0.4, x + width * 0.4], [0, 0], color=COLOURS[column], lw=3)
     unit = lines[0].unit if lines else ""
-    arrow = "larger" if lines and lines[0].direction == "up" else "smaller"
-    axes.set_title(f"{metric.replace('_', ' ')} ({arrow}: better known)", fontsize=10, loc="left")
+    if lines:
+        title = f"{lines[0].title} ({_DIRECTIONS[lines[0].direction]})"
+        axes.set_title(textwrap.fill(title, 56), fontsize=10, loc="left")
     axes.set_ylabel(unit, fontsize=9)
     names = [f"{textwrap.fill(line.prompts, 11)}\nn = {_items(line)}" for line in lines]
     axes.set_xticks(range(len(lines)), names, fontsize=8)

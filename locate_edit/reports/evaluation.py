@@ -27,13 +27,14 @@ from circuits.errors import UnknownFamily
 from locate_edit import catalog
 from locate_edit.errors import EditError, PromptError
 from locate_edit.metrics.counterfact import locality
-from locate_edit.metrics.divergence import kl_divergence
+from locate_edit.metrics.divergence import jensen_shannon, kl_divergence
 from locate_edit.metrics.generation import generate
 from locate_edit.metrics.likelihood import likelihood
+from locate_edit.metrics.membership import reference_loss
 from locate_edit.metrics.memorization import exact_memorization
 from locate_edit.metrics.oracle_distance import from_divergences, item_means
 from locate_edit.metrics.perplexity import perplexity
-from locate_edit.metrics.perplexity_shift import perplexity_rose
+from locate_edit.metrics.perplexity_shift import perplexity_rose, perplexity_shift
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.statistic import Statistic
 from locate_edit.metrics.values import Floats, Values, average_over_runs
@@ -127,7 +128,14 @@ def evaluate(
             states["oracle"] = step("oracle", lambda: run.measure(oracle))
     return Report(
         lines=(
-            *_lines(states, chosen, seed=seed, n_bootstrap=n_bootstrap, level=level),
+            *_lines(
+                states,
+                chosen,
+                run.base is not None,
+                seed=seed,
+                n_bootstrap=n_bootstrap,
+                level=level,
+            ),
             *_whole_lines(states, whole, sets, seed=seed, n_bootstrap=n_bootstrap, level=level),
         ),
         mask={} if editable is None else _about_mask(editable.mask, model),
@@ -159,11 +167,27 @@ def evaluate(
 
 
 FROM_BASE = (kl_divergence, perplexity_rose, locality)
-"""What these metrics measure a distance from is the model before the edit; of the others it is the oracle."""
+"""What these metrics measure a distance from is the model before the edit, where there is an edit."""
+FROM_ORACLE = (jensen_shannon, perplexity_shift, reference_loss)
+"""What these measure a distance from is the oracle."""
 
 
 def _measures_from_base(metric: Callable[..., Values]) -> bool:
-    return (metric.func if isinstance(metric, functools.partial) else metric) in FROM_BASE
+    return _whole(metric) in FROM_BASE
+
+
+def _reference(metric: Callable[..., Values], has_base: bool) -> str:
+    """A sentence on what a metric compares with, for one that does."""
+    if _measures_from_base(metric) and has_base:
+        return " The reference is the model before the edit."
+    if _whole(metric) in FROM_BASE + FROM_ORACLE:
+        return " The reference is the oracle."
+    return ""
+
+
+def _whole(metric: Callable[..., Any]) -> Callable[..., Any]:
+    """A metric without the settings that a partial fixes."""
+    return metric.func if isinstance(metric, functools.partial) else metric
 
 
 def _base(
@@ -355,6 +379,7 @@ def _pooled(runs: Sequence[_State]) -> _State:
 def _lines(
     states: Mapping[str, _State],
     metrics: Mapping[str, Callable[..., Values]],
+    has_base: bool,
     *,
     seed: int,
     n_bootstrap: int,
@@ -373,7 +398,9 @@ def _lines(
             column: _cell(found, seed=seed, n_bootstrap=n_bootstrap, level=level)
             for column, found in values.items()
         }
-        definition = _DISTANCES.get(label) or _first_sentence(metrics[label])
+        definition = _DISTANCES.get(label) or (
+            _first_sentence(metrics[label]) + _reference(metrics[label], has_base)
+        )
         yield Line(label, name, first.unit, first.direction, definition, cells, values)
 
 
@@ -415,8 +442,7 @@ _DISTANCES = {
 
 
 def _first_sentence(metric: Callable[..., Any]) -> str:
-    whole = metric.func if isinstance(metric, functools.partial) else metric
-    text = " ".join((inspect.getdoc(whole) or "").split("\n\n")[0].split())
+    text = " ".join((inspect.getdoc(_whole(metric)) or "").split("\n\n")[0].split())
     return text if text.endswith(".") or not text else f"{text}."
 
 

@@ -56,7 +56,7 @@ _ATTACKS = (
     "surely hides the answers: an attack counts only where it finds them there. Each interval is of one comparison: of "
     "many, one may lie above 0 by chance."
 )
-_MARGIN = " One that adds less than {margin:g} to its control has no number here."
+_MARGIN = " An attack that adds less than {margin:g} to its control has no number here."
 _OUTCOMES: Mapping[Outcome, str] = {
     "brings answers back": "the attack adds to what the model gives without it, adds more than to a model that never "
     "knew (the oracle), and ends above that; the 95% intervals of all three differences lie above 0.",

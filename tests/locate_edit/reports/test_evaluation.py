@@ -166,6 +166,9 @@ def test_what_is_measured_from_the_model_before_is_not_measured_from_the_oracle(
     from_oracle = report.value("jensen_shannon", column="before")
     assert from_oracle is not None
     assert from_oracle > 0.1
+    says = {line.metric: line.definition for line in report.lines}
+    assert says["kl_divergence"].endswith("The reference is the model before the edit.")
+    assert says["jensen_shannon"].endswith("The reference is the oracle.")
     alone = evaluate(fake, chosen)
     assert alone.value("kl_divergence") == report.value("kl_divergence")
     assert alone.value("jensen_shannon") is None

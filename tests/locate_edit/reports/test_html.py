@@ -61,7 +61,7 @@ def test_what_an_attack_shows_stands_beside_it_with_what_it_follows_from() -> No
         assert "<small>" in html[: html.index(said)]
     assert "<b>brings answers back</b>" in html
     text = "".join(read(html).text)
-    assert "One that adds less than 0.3 to its control has no number here." in text
+    assert "An attack that adds less than 0.3 to its control has no number here." in text
     # Only what occurs is explained, with its threshold.
     assert "the 95% intervals of all three differences lie above 0" in text
     assert "less than 50% is left" not in text

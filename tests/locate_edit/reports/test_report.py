@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,9 @@ def test_bars_stand_for_the_numbers_and_whiskers_for_the_intervals() -> None:
     assert axes.get_ylabel() == "probability"
     assert axes.get_ylim() == (0, 1.05)
     assert metric_panel(report, "perplexity").get_yscale() == "log"
+    away = replace(report, lines=tuple(replace(x, direction="distance") for x in report.lines))
+    title = metric_panel(away, "likelihood").get_title(loc="left")
+    assert title == "likelihood (smaller: closer)"
 
 
 def test_one_panel_a_metric_with_a_footer_that_describes_the_figure() -> None:
