@@ -150,6 +150,8 @@ def _layer(library: Any, layer: nn.Module, form: Format) -> nn.Module:
             n_in, n_out, bias is not None, compute_dtype=torch.float32, compress_statistics=False,
             quant_type=form, device="meta",
         )  # fmt: skip
+        # On some processors the library has a faster way, in 16 bits and for widths in 32s alone.
+        new.support_avx512bf16_for_cpu = False
         held = library.nn.Params4bit(
             weight, requires_grad=False, compress_statistics=False, quant_type=form, blocksize=BLOCK, module=new
         )  # fmt: skip
