@@ -80,6 +80,18 @@ class Attacked:
     strength: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
 
+    def recovered(self, level: float) -> float | None:
+        """The first measured number of steps at which half of a likelihood ``level`` is back; None for never.
+
+        None too for an attack whose curve does not count steps.
+
+        Args:
+            level: of the answers before they were forgotten.
+        """
+        if self.strength != "steps":
+            return None
+        return next((point.strength for point in self.curve if point.forget >= level / 2), None)
+
     @property
     def gain(self) -> float | None:
         """How much more is given away than without the attack; None where a number is withheld."""

@@ -39,13 +39,13 @@ class Relearning:
     one. It also breaks models: a broken model gives no answers either, and only the retain column tells it from one
     that has forgotten. Where retain falls as far as forget, the attack was too strong to say anything. AdamW takes
     steps of length ``lr`` also where nothing is left to learn: on prompts that the model knows by heart already, as
-    retain prompts often are, "unrelated" soon makes it drift. Of 24 facts of the organism that its control covers, 24
-    retain prompts bring back 0.84 in 4 steps and lose it again to 0.70 in 10; 48 other facts as plain ``text`` bring
-    back 0.93.
+    retain prompts often are, "unrelated" soon makes it drift, and what the first steps brought back is partly lost
+    again by the last (see the curve).
 
     Cost: a forward and a backward of a batch each step, and measurements of the tested forget prompts at up to 11 steps
-    and of the retain prompts at three (start, middle and end; the curve has no retain number elsewhere). Without a mask
-    the trained copies of the weights and the optimizer's moments take 16 bytes a parameter.
+    and of the retain prompts at three (start, middle and end; the curve has no retain number elsewhere). So with 10
+    steps or fewer `Attacked.recovered` counts every one. Without a mask the trained copies of the weights and the
+    optimizer's moments take 16 bytes a parameter.
 
     Attributes:
         steps: optimizer steps (AdamW).
@@ -53,9 +53,6 @@ class Relearning:
         on: "half" or "unrelated".
         mask: where the attacker trains; None for all weights.
         across: "target" keeps groups on one side; "query" splits each.
-        level: likelihood of the answers before they were forgotten. ``notes["steps to recover"]`` is the first of the
-            measured steps (optimizer steps, each of one batch) at which the mean reaches half of it, None for never.
-            With 10 steps or fewer every one is measured.
         text: what "unrelated" trains on: rows with a target on that, plain text on all of its tokens.
 
     Raises:
@@ -69,14 +66,11 @@ class Relearning:
     on: Literal["half", "unrelated"] = "half"
     mask: ComponentMask | None = None
     across: Across = "target"
-    level: float = 1.0
     text: PromptSet | None = None
 
     def __post_init__(self) -> None:
         check_whole("Relearning", 1, steps=self.steps)
-        check_positive("Relearning", lr=self.lr, level=self.level)
-        if self.level > 1:
-            raise EditError(f"Relearning: level is a likelihood, so at most 1; got {self.level}")
+        check_positive("Relearning", lr=self.lr)
         if self.on not in ("half", "unrelated"):
             raise EditError(f"Relearning: on must be 'half' or 'unrelated', got {self.on!r}")
         check_across(self.across, "Relearning")
@@ -185,9 +179,6 @@ class Relearning:
         notes: dict[str, Any] = {
             "trained on": f"{trained} {what} prompts",
             "tested": len(under),
-            "steps to recover": next(
-                (point.strength for point in curve if point.forget >= self.level / 2), None
-            ),
         }
         return Attacked(
             under, clean, retain, retain_clean, curve=curve, strength="steps", notes=notes

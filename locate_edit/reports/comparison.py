@@ -28,6 +28,7 @@ from locate_edit.metrics.oracle_distance import divergences
 from locate_edit.metrics.predictions import Predictions
 from locate_edit.metrics.values import Values
 from locate_edit.prompts import PromptSet
+from locate_edit.reports.states import called
 
 __all__ = ["DISTANCE", "RANDOM", "Cell", "Comparison", "compare", "pareto"]
 
@@ -302,7 +303,7 @@ def compare(
             cells.append(cell)
             advance(f"{cell.localizer}, {cell.method}, {cell.budget}")
     about = {
-        "model": _called(model),
+        "model": called(model),
         "prompts": {name: len(prompts) for name, prompts in sets.items()},
         "metrics": measured,
     }
@@ -352,13 +353,6 @@ def _names(objects: Sequence[Any]) -> dict[str, Any]:
     if twice := [name for name in names if names.count(name) > 1 or name == RANDOM]:
         raise EditError(f"two things to compare are called {twice[0]!r}: give each once")
     return dict(zip(names, objects, strict=True))
-
-
-def _called(model: nn.Module) -> str:
-    """What to call the model; of a local folder only its own name, since results travel."""
-    config = getattr(model, "config", None)
-    name = str(getattr(config, "name_or_path", "") or type(model).__name__)
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def _kept(path: Path) -> Cell | None:

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,7 +42,7 @@ from locate_edit.prompts import PromptSet
 from locate_edit.reports.controls import Control, Editable, opened, wanted
 from locate_edit.reports.report import Cell, Example, Line, Report
 from locate_edit.reports.side_effects import SHOWN_TOKENS, shown_text, side_effects
-from locate_edit.reports.states import COLUMNS, TITLES, check_oracle
+from locate_edit.reports.states import COLUMNS, TITLES, called, check_oracle
 
 __all__ = ["Editable", "Metric", "evaluate"]
 
@@ -173,19 +172,19 @@ FROM_ORACLE = (jensen_shannon, perplexity_shift, reference_loss)
 
 
 def _measures_from_base(metric: Callable[..., Values]) -> bool:
-    return _whole(metric) in FROM_BASE
+    return _bare(metric) in FROM_BASE
 
 
 def _reference(metric: Callable[..., Values], has_base: bool) -> str:
     """A sentence on what a metric compares with, for one that does."""
     if _measures_from_base(metric) and has_base:
         return " The reference is the model before the edit."
-    if _whole(metric) in FROM_BASE + FROM_ORACLE:
+    if _bare(metric) in FROM_BASE + FROM_ORACLE:
         return " The reference is the oracle."
     return ""
 
 
-def _whole(metric: Callable[..., Any]) -> Callable[..., Any]:
+def _bare(metric: Callable[..., Any]) -> Callable[..., Any]:
     """A metric without the settings that a partial fixes."""
     return metric.func if isinstance(metric, functools.partial) else metric
 
@@ -279,20 +278,21 @@ class _Run:
         state = _State()
         for name, prompts in self.sets.items():
             reference = None if model is self.oracle else self.oracle
-            predictions = Predictions(
-                model, prompts, batch_size=self.batch_size, reference=reference
+            from_oracle, from_base = (
+                Predictions(model, prompts, batch_size=self.batch_size, reference=each)
+                for each in (reference, self.base or reference)
             )
+            # Nothing runs before it is asked for, so without an oracle one pass serves all.
+            predictions = from_base if self.oracle is None else from_oracle
             if self.oracle is not None:
                 self._distances(predictions, name, state)
-            from_base = predictions
-            if self.base is not None:
-                from_base = Predictions(
-                    model, prompts, batch_size=self.batch_size, reference=self.base
-                )
             for label, metric in self.metrics.items():
-                state.values[name, label] = metric(
-                    from_base if _measures_from_base(metric) else predictions
-                )
+                if _measures_from_base(metric):
+                    state.values[name, label] = metric(from_base)
+                elif _bare(metric) in FROM_ORACLE:
+                    state.values[name, label] = metric(from_oracle)
+                else:
+                    state.values[name, label] = metric(predictions)
             for metric in {m for w in self.whole.values() for on, m in w.needs if on == name}:
                 state.needed[name, key_of(metric)] = metric(predictions)
             if self.ranked and name != "forget":
@@ -442,7 +442,7 @@ _DISTANCES = {
 
 
 def _first_sentence(metric: Callable[..., Any]) -> str:
-    text = " ".join((inspect.getdoc(_whole(metric)) or "").split("\n\n")[0].split())
+    text = " ".join((inspect.getdoc(_bare(metric)) or "").split("\n\n")[0].split())
     return text if text.endswith(".") or not text else f"{text}."
 
 
@@ -598,15 +598,9 @@ def _about_edit(target: Editable) -> dict[str, Any]:
 
 
 def _about_model(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
     return {
         "class": type(model).__name__,
-        "name": _model_name(str(getattr(config, "name_or_path", "") or "")),
+        "name": called(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
-
-
-def _model_name(name: str) -> str:
-    """A hub name as it is; of a local folder only its own name, since a report travels."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name

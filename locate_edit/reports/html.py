@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from locate_edit.reports.layers import CARRIES, FITS
 from locate_edit.reports.report import Cell, Line, Report, number, signed, without_doubles
-from locate_edit.reports.robustness import BROKEN, RECOVERED, Outcome
+from locate_edit.reports.robustness import BROKEN, Outcome
 from locate_edit.reports.states import COLUMNS, TITLES
 from locate_edit.reports.text import answers, remarks, side_effects_in_words, where_in_words
 
@@ -201,9 +201,7 @@ def _differences(trial: Trial) -> list[str]:
     }
     said = [f"{what}: {_with_interval(each)}" for what, each in given.items() if each is not None]
     if (steps := trial.recovered()) is not None and steps > 0:
-        said.append(
-            f"{RECOVERED:.0%} of what it gave before the edit is back after {steps:g} steps"
-        )
+        said.append(f"half of what it gave before the edit is back after {steps:g} steps")
     return said
 
 

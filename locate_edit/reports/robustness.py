@@ -29,7 +29,7 @@ from locate_edit.errors import EditError, Interrupted, PromptError
 from locate_edit.metrics.values import Values, average_over_runs, difference
 from locate_edit.prompts import PromptSet
 from locate_edit.reports.controls import Control
-from locate_edit.reports.states import COLUMNS, TITLES, Opened, states
+from locate_edit.reports.states import COLUMNS, TITLES, Opened, called, states
 
 __all__ = ["Robustness", "Trial", "every_attack", "robustness"]
 
@@ -39,8 +39,6 @@ STILL = 0.9
 """Above this share of the measure before the edit, answers count as given rather than hidden."""
 LEAST = 0.01
 """A smaller difference of the measure is none, however sure it is."""
-RECOVERED = 0.5
-"""An attack in steps has recovered answers where this share of the measure before the edit is back."""
 SPENT = "not run: the time was spent"
 STOPPED = "not run: interrupted"
 
@@ -163,17 +161,11 @@ class Trial:
     def recovered(self, model: str = "after") -> float | None:
         """After how many steps half of what the model gave before the edit is back; None for never.
 
-        The least of the strengths on the curve; None too where the attack has no steps or the model before has no
-        number.
+        None too where the attack has no steps or the model before has no number.
         """
         found, before = self.found.get(model), self.found.get("before")
-        if found is None or before is None or found.strength != "steps":
-            return None
-        was = before.forget_clean.estimate
-        if was is None:
-            return None
-        reached = (point.strength for point in found.curve if point.forget >= RECOVERED * was)
-        return next(reached, None)
+        was = None if before is None else before.forget_clean.estimate
+        return None if found is None or was is None else found.recovered(was)
 
     def open(self, model: str = "after") -> bool:
         """Whether a model gives the answers nearly as before the edit without any attack, so that none are hidden."""
@@ -395,8 +387,10 @@ def robustness(
             "controls=False and read every number as that of an untried tool"
         )
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    edited = target.model if isinstance(target, Edit) else target
+    assert edited is not None  # or there were no states to open
     settings = {
-        "model": _called(target), "seed": seed, "batch_size": batch_size, "margin": margin, "controls": controls,
+        "model": called(edited), "seed": seed, "batch_size": batch_size, "margin": margin, "controls": controls,
         "steps": steps, "seconds": seconds, "random_masks": len(opened.get("random", ())),
         "forget": {"prompts": len(forget), "digest": forget.digest},
         "retain": {"prompts": len(retain), "digest": retain.digest},
@@ -593,13 +587,6 @@ def _usual(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
-
-
-def _called(target: Edit | nn.Module) -> str:
-    """The model's name; of a local folder only its own name, since a report travels."""
-    model = target.model if isinstance(target, Edit) else target
-    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
-    return Path(name).name or type(model).__name__
 
 
 def _capped(attack: Any, steps: int | None) -> Attack:

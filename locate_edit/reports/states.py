@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from locate_edit.editing import Edit
 from locate_edit.errors import EditError
 from locate_edit.reports.controls import Control, made, opened, wanted
 
-__all__ = ["COLUMNS", "TITLES", "Opened", "check_oracle", "states"]
+__all__ = ["COLUMNS", "TITLES", "Opened", "called", "check_oracle", "states"]
 
 COLUMNS = ("before", "after", "random", "oracle")
 """Every state a model is measured in, in the order of the tables."""
@@ -109,6 +110,14 @@ def check_oracle(oracle: nn.Module, *others: nn.Module | None) -> None:
                 f"the oracle has another vocabulary: expected {theirs} tokens as in {type(other).__name__}, got "
                 f"{mine}. Give a model that reads the same tokens, or leave it out"
             )
+
+
+def called(model: nn.Module) -> str:
+    """What to call a model: a hub name as it is, of a local folder only its own name, since a report travels; or the
+    class, without either.
+    """
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -60,10 +59,11 @@ def refused(attack: Any, name: str) -> bool:
     return name == "bert" and type(attack).__name__ in CAUSAL_ONLY
 
 
-def random_state() -> bytes:
+def random_state() -> str:
     """The state of every global generator of random numbers."""
-    old = np.random.get_state()  # noqa: NPY002 - what it looks after is the generator that others may use
-    return pickle.dumps((torch.get_rng_state().tolist(), random.getstate(), old))
+    old = np.random.get_state(legacy=False)  # noqa: NPY002 - what it looks after is the generator that others may use
+    with np.printoptions(threshold=10**6):
+        return repr((torch.get_rng_state().tolist(), random.getstate(), old))
 
 
 ATTACKS = attacks()
@@ -173,7 +173,7 @@ BAD: dict[str, Any] = {
     "length": (0, 2.5), "candidates": (0, 1.5), "top": (0, 1.5), "restarts": (0, 1.5),
     "samples": (0, 2.0), "shots": (0, 1.5), "folds": (1, 2.5), "paraphrases": (-1, 1.5), "choices": (-1, 1.5),
     "layer": (-1, 1.5, "last"), "bits": (1, 9, 4.5, "4"), "group": (0, 1.5),
-    "lr": (0.0, -1.0, "a", float("nan"), float("inf")), "level": (0.0, 1.5, "a"),
+    "lr": (0.0, -1.0, "a", float("nan"), float("inf")),
     "temperature": (0.0, "a", float("inf")), "budget": (-0.1, "a", float("inf"), float("nan")),
     "step": (0.0, "a", float("inf")), "share": (1.0, -0.1, "a", float("nan")),
     "scales": (1.0, (), (0.0,), ("a",), (float("inf"),), "12"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -161,10 +162,10 @@ def test_steps_to_recover_is_the_first_measured_step_at_half_the_level() -> None
     found = Relearning(steps=4, lr=1e-2)(net, forget)
     (start, *_, last) = [point.forget for point in found.curve]
     level = start + last
-    attack = Relearning(steps=4, lr=1e-2, level=level)
     first = next(p.strength for p in found.curve if p.forget >= level / 2)
-    assert attack(net, forget).notes["steps to recover"] == first > 0
-    assert found.notes["steps to recover"] is None
+    assert found.recovered(level) == first > 0
+    assert found.recovered(1.0) is None
+    assert replace(found, strength="bits").recovered(level) is None
 
 
 def test_who_never_knew_learns_the_form_at_most() -> None:
@@ -176,7 +177,7 @@ def test_who_never_knew_learns_the_form_at_most() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": 0}, {"lr": 0.0}, {"level": 0.0}, {"on": "all"}, {"across": "within"}],
+    [{"steps": 0}, {"lr": 0.0}, {"on": "all"}, {"across": "within"}],
     ids=lambda s: next(iter(s)),
 )
 def test_bad_settings(settings: dict[str, Any]) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from locate_edit import Edit
-from locate_edit.cli import app
 from locate_edit.prompts import PromptSet
+from tests.locate_edit.cli.test_cli import run
 from tests.tiny import byte_tokenizer, tiny
 
 ROWS = [{"prompt": "Who?", "target": " Ann", "id": "a"}, {"prompt": "What?", "target": " golf"}]
@@ -31,14 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_tokenizer().save_pretrained(place / "tokenizer")
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     return place
-
-
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def scored(*arguments: object) -> list[str]:

@@ -181,6 +181,14 @@ def test_a_metric_with_settings_is_called_by_them() -> None:
     assert report.line("min_k(k=0_5)").value("after") is not None
 
 
+def test_without_an_oracle_one_pass_serves_what_is_measured_from_the_model_before_too() -> None:
+    fake = FakeEdit({})
+    chosen = [likelihood, nll, perplexity, kl_divergence, perplexity_rose, jensen_shannon]
+    evaluate(fake, chosen, random=False, examples=0)
+    # two sets of one batch each, with the edit and without it
+    assert fake.model.n_calls == 2 * 2
+
+
 def test_oracles_are_looked_at() -> None:
     fake = FakeEdit({"random 1": 0.9})
     knows, other = (Bigram(V, {A: {B: 0.9}, B: {C: p}}) for p in (0.8, 0.01))

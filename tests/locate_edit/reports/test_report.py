@@ -11,17 +11,20 @@ import struct
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from torch import nn
 
 from circuits.atomic import StorageError
 from circuits.draw import figure_data
 from locate_edit.draw._style import COLOURS
 from locate_edit.draw.report import before_after, metric_panel, oracle_panel
 from locate_edit.reports.report import Cell, Example, Line, Report, SideEffect, number
+from locate_edit.reports.states import called
 from locate_edit.reports.text import answers
 
 
@@ -438,8 +441,9 @@ def test_nothing_is_written_when_a_form_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_no_absolute_path_travels_with_a_report() -> None:
-    from locate_edit.reports.evaluation import _model_name
-
-    assert _model_name("/some/where/my-model") == "my-model"
-    assert _model_name("owner/name") == "owner/name"
+    model = nn.Linear(1, 1)
+    assert called(model) == "Linear"
+    for name, said in {"/some/where/my-model": "my-model", "owner/name": "owner/name"}.items():
+        model.config = SimpleNamespace(name_or_path=name)  # type: ignore[assignment]
+        assert called(model) == said
     assert not re.search(r"/(work|home|tmp)/", json.dumps(sample().to_json()))
