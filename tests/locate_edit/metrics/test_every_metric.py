@@ -14,7 +14,9 @@ from torch import nn
 
 from docs.make_reference import stated
 from locate_edit import catalog
+from locate_edit.editing import edit
 from locate_edit.errors import PromptError
+from locate_edit.methods.fine_tune import FineTune
 from locate_edit.metrics.bias import crows, icat
 from locate_edit.metrics.counterfact import edit_score
 from locate_edit.metrics.forget_quality import forget_quality
@@ -174,6 +176,59 @@ def test_items_without_numbers_are_left_out(entry: catalog.Entry) -> None:
         else:
             assert item not in values
             assert "finite predictions" in (found.note or found.withheld)
+
+
+@pytest.fixture(scope="module")
+def half_known() -> tuple[nn.Module, nn.Module, list[dict[str, Any]]]:
+    """A model and a reference, and rows of which they know some by heart, in the old answer or in the new one."""
+    rows: list[dict[str, Any]] = []
+    for name, target in {
+        "Ann Lee": " golf7",
+        "x": " 12",
+        "Bo Kay of Lindovar": " go3",
+        "It": " 45 or so it is",
+    }.items():
+        prompt = f"{name} plays"
+        rows.append(
+            {
+                "prompt": prompt, "target": target, "wrong": [" tennis", " z"], "content": [target.strip()],
+                "paraphrases": [f"{name} likes"], "neighbours": [f"The aunt of {name} plays"],
+                "spans": [[len(prompt), len(prompt) + 3]],
+            }
+        )  # fmt: skip
+    known: list[Any] = [
+        *((rows[i]["prompt"], rows[i]["target"]) for i in (0, 3)), (rows[1]["prompt"], " tennis"),
+        (rows[1]["paraphrases"][0], " tennis"), (rows[2]["neighbours"][0], rows[2]["target"]),
+    ]  # fmt: skip
+    models = tiny("llama"), tiny("llama", seed=2)
+    for model, part in zip(models, (known, known[-1:]), strict=True):
+        taught = PromptSet(part, byte_tokenizer(), append_eos=True)
+        edit(model, FineTune(steps=80, lr=1e-2), None, forget=taught)
+    return *models, rows
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_order_batches_and_the_side_of_the_padding_do_not_matter(
+    entry: catalog.Entry, half_known: tuple[nn.Module, nn.Module, list[dict[str, Any]]]
+) -> None:
+    model, other, rows = half_known
+
+    def found(order: list[int], batch_size: int, side: str) -> dict[int, float]:
+        tokenizer = byte_tokenizer()
+        tokenizer.padding_side = side
+        prompts = PromptSet([rows[index] for index in order], tokenizer)
+        predictions = Predictions(model, prompts, reference=other, batch_size=batch_size)
+        longer = {"length": 16, "below": 10.0}
+        asked = inspect.signature(entry.load()).parameters
+        more = {key: value for key, value in longer.items() if key in asked}
+        values = entry.load()(predictions, **options(entry) | more)
+        return dict(zip((order[i] for i in values.items), values.values.tolist(), strict=True))
+
+    one = found([0, 1, 2, 3], 1, "right")
+    assert set(one) == {0, 1, 2, 3}
+    assert len(set(one.values())) > 1, "items that differ can be mixed up"
+    for order, batch_size, side in (([2, 0, 3, 1], 4, "right"), ([3, 1, 0, 2], 3, "left")):
+        assert found(order, batch_size, side) == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 SWITCHES = [
